@@ -1,0 +1,40 @@
+# Every target that needs Python makes .venv first; nothing outside this folder is touched.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test soak check protos bench clean node-client
+
+.venv: .venv/.installed
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $$(command -v $(PYTHON) || command -v python3) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: .venv
+	$(BIN)/atelier demo --output demo
+
+test: .venv
+	$(BIN)/python -m pytest -m "not soak and not gpu"
+
+soak: .venv
+	$(BIN)/python -m pytest -m "soak"
+
+check: .venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/buf lint
+	$(BIN)/python -m pytest -q tests/unit/test_protos_fresh.py
+
+protos: .venv
+	rm -f client/atelier/v1/*_pb2*
+	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=client --mypy_out=client \
+	  --grpc_python_out=client --mypy_grpc_out=client protos/atelier/v1/*.proto
+
+bench: .venv
+	$(BIN)/python -m benchmarks all
+
+clean:
+	rm -rf .venv demo build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/node/node_modules

@@ -1,0 +1,1 @@
+"""The wardrobe: adapter files, their store, and the slot bank."""

@@ -1,0 +1,1 @@
+"""The maths: base models, their denoiser, schedulers and images."""

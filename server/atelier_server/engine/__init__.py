@@ -1,0 +1,1 @@
+"""The desk, inside the worker: which step runs next. Knows no torch."""

@@ -1,0 +1,1 @@
+"""The book: durable jobs, their events, admission and dispatch."""

@@ -1,0 +1,1 @@
+"""The door: the only room of the server that knows protobuf and gRPC."""

@@ -1,0 +1,1 @@
+"""The teacher: pictures in, checkpoints out."""
