@@ -12,6 +12,25 @@ from enum import StrEnum
 
 ADAPTER_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 ROW_BUCKETS = (2, 4, 8, 16)
+SCHEDULERS = (
+    "ddim",
+    "ddpm",
+    "pndm",
+    "lms",
+    "euler",
+    "euler-a",
+    "heun",
+    "dpmpp-2m",
+    "dpmpp-2m-sde",
+    "dpmpp-3m-sde",
+    "dpmpp-sde",
+    "kdpm2",
+    "kdpm2-a",
+    "unipc",
+    "deis",
+    "lcm",
+    "tcd",
+)
 
 
 class State(StrEnum):

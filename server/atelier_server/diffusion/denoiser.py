@@ -1,0 +1,112 @@
+"""The U-Net as a denoiser: one forward for serving, one loss for training, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+from torch import Tensor
+
+from atelier_server.diffusion.schedulers import Trajectory
+
+
+@dataclass(slots=True)
+class Picture:
+    """A picture in the making. `negative` is None when there is no guidance."""
+
+    trajectory: Trajectory
+    prompt: Tensor  # [tokens, dim]
+    negative: Tensor | None  # [tokens, dim]
+    guidance_scale: float
+
+    @property
+    def rows(self) -> int:
+        return 1 if self.negative is None else 2
+
+
+class Denoiser:
+    """Predicts noise (or velocity) for rows that have nothing in common but the latent's shape."""
+
+    def __init__(self, unet: torch.nn.Module, scheduler_config: Mapping[str, Any]) -> None:
+        self._unet = unet
+        self._noise_scheduler = DDPMScheduler.from_config(dict(scheduler_config))
+        self.num_train_timesteps: int = self._noise_scheduler.config.num_train_timesteps
+        self.prediction_type: str = self._noise_scheduler.config.prediction_type
+
+    def predict(self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
+        """The prediction [b, C, h, w] for [b, C, h, w] latents at [b] timesteps, [b, tokens, dim] prompts."""
+        prediction: Tensor = self._unet(
+            latents, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False
+        )[0]
+        return prediction
+
+    @torch.no_grad()
+    def step(self, pictures: Sequence[Picture], bucket: int) -> None:
+        """Moves every picture one timestep on, all in one forward of exactly `bucket` rows.
+
+        Rows follow the order of the pictures, the negative prompt's row first; the rest is zeros.
+        """
+        latents, timesteps, prompts = [], [], []
+        for picture in pictures:
+            model_input = picture.trajectory.model_input()
+            for embeds in (picture.negative, picture.prompt):
+                if embeds is not None:
+                    latents.append(model_input)
+                    timesteps.append(picture.trajectory.timestep.float())
+                    prompts.append(embeds)
+        if (padding := bucket - len(latents)) < 0:
+            raise ValueError(f"{len(latents)} rows do not fit a bucket of {bucket}")
+        latents += [torch.zeros_like(latents[0])] * padding
+        timesteps += [torch.zeros(())] * padding
+        prompts += [torch.zeros_like(prompts[0])] * padding
+        device = latents[0].device
+        prediction = self.predict(torch.cat(latents), torch.stack(timesteps).to(device), torch.stack(prompts))
+        row = 0
+        for picture in pictures:
+            picture.trajectory.advance(_guided(prediction[row : row + picture.rows], picture.guidance_scale))
+            row += picture.rows
+
+    def loss(
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        prompt_embeds: Tensor,
+        snr_gamma: float | None = None,
+    ) -> Tensor:
+        """Mean squared error of each row against what the base predicts (noise, velocity or sample), [b].
+
+        `snr_gamma` turns on Min-SNR weighting (arXiv 2303.09556).
+        """
+        noisy = self._noise_scheduler.add_noise(latents, noise, timesteps)
+        prediction = self.predict(noisy.to(prompt_embeds.dtype), timesteps, prompt_embeds)
+        target = self._target(latents, noise, timesteps)
+        error = F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
+        if snr_gamma is None:
+            return error
+        snr = compute_snr(self._noise_scheduler, timesteps)
+        divisor = snr + 1 if self.prediction_type == "v_prediction" else snr
+        weighted: Tensor = error * snr.clamp(max=snr_gamma) / divisor
+        return weighted
+
+    def _target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "v_prediction":
+            return self._noise_scheduler.get_velocity(latents, noise, timesteps)  # type: ignore[no-any-return]
+        if self.prediction_type == "sample":
+            return latents
+        raise ValueError(f"prediction_type {self.prediction_type!r} is none of epsilon, v_prediction, sample")
+
+
+def _guided(prediction: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598) over rows [negative, prompt], or the only row as it is."""
+    if prediction.shape[0] == 1:
+        return prediction
+    negative, prompt = prediction.chunk(2)
+    return negative + scale * (prompt - negative)

@@ -1,0 +1,33 @@
+"""Pictures as files: tensors to PNG, JPEG or WebP, with what made them embedded."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+
+from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from atelier_server.core import ImageFormat
+
+
+def encode_picture(pixels: Tensor, image_format: ImageFormat, parameters: Mapping[str, object]) -> bytes:
+    """[3, H, W] pixels in 0..1 to a file.
+
+    `parameters` go into PNG's text chunk "atelier", or into EXIF's ImageDescription, as JSON.
+    """
+    array = (pixels * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
+    image = Image.fromarray(array, mode=None)
+    text = json.dumps(parameters, ensure_ascii=False, sort_keys=True)
+    stream = io.BytesIO()
+    if image_format is ImageFormat.PNG:
+        info = PngInfo()
+        info.add_itxt("atelier", text)
+        image.save(stream, "PNG", pnginfo=info)
+    else:
+        exif = Image.Exif()
+        exif[ExifTags.Base.ImageDescription] = json.dumps(parameters, sort_keys=True)
+        image.save(stream, image_format.value.upper(), quality=95, exif=exif)
+    return stream.getvalue()

@@ -1,0 +1,340 @@
+"""The step loop: schedule, run, emit. One thread owns the device; everything reaches it through the inbox."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from queue import Empty, SimpleQueue
+from time import monotonic
+
+from atelier_server.core import (
+    AdapterExported,
+    AdapterImported,
+    AdapterLoaded,
+    AdaptersUnloaded,
+    AdapterUse,
+    CallFailed,
+    Cancel,
+    CheckpointId,
+    Command,
+    Drain,
+    Event,
+    ExportAdapter,
+    GenerationJob,
+    ImageReady,
+    ImportAdapter,
+    JobCancelled,
+    JobFailed,
+    LoadAdapter,
+    Sample,
+    Submit,
+    TrainingJob,
+    UnloadAdapter,
+)
+from atelier_server.engine.generations import Generations
+from atelier_server.engine.residency import Residency
+from atelier_server.engine.runner import Decoded, Runner
+from atelier_server.engine.scheduler import DenoiseBatch, ImageTask, Scheduler, TrainStep
+from atelier_server.engine.trainings import SampleDefaults, Trainings
+from atelier_server.errors import AtelierError
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskDecoded:
+    """From the decoder's thread: a picture is a file, or could not be made."""
+
+    task: ImageTask
+    picture: Decoded
+
+
+Message = Command | TaskDecoded
+
+
+class Loop:
+    """Runs until it is drained. `emit` must never block."""
+
+    def __init__(
+        self,
+        *,
+        runner: Runner,
+        inbox: SimpleQueue[Message],
+        emit: Callable[[Event], None],
+        slots: int,
+        sample_defaults: SampleDefaults,
+    ) -> None:
+        self._runner = runner
+        self._inbox = inbox
+        self._send = emit
+        self.residency = Residency(slots)
+        self.scheduler = Scheduler(self.residency)
+        self.generations = Generations(self._emit_generation)
+        self.trainings = Trainings(
+            emit=emit,
+            paint=self._submit_generation,
+            unpaint=self._drop_generation,
+            resting=self.scheduler.remove_training,
+            defaults=sample_defaults,
+        )
+        self._draining = False
+        self._doomed: set[CheckpointId] = set()
+
+    # -------------------------------------------------------------------------------------------- the loop
+    def run(self) -> None:
+        while not (self._draining and not self.generations.live):
+            self.turn()
+
+    def turn(self) -> None:
+        """Takes the messages there are (waiting for one where there is nothing to do), then runs one step."""
+        self._receive()
+        step = self.scheduler.schedule()
+        if isinstance(step, DenoiseBatch):
+            self._denoise(step)
+        elif isinstance(step, TrainStep):
+            self._train(step.training_id)
+
+    def _receive(self) -> None:
+        """Takes all messages there are; waits for one where there is nothing else to do."""
+        idle = not self.scheduler.has_work
+        while True:
+            try:
+                message = self._inbox.get(block=idle)
+            except Empty:
+                return
+            idle = False
+            self._handle(message)
+
+    def _handle(self, message: Command | TaskDecoded) -> None:
+        match message:
+            case Submit(job=GenerationJob() as job):
+                self._submit_generation(job)
+            case Submit(job=TrainingJob() as job):
+                self._submit_training(job)
+            case Cancel(job_id=job_id):
+                self._cancel(job_id)
+            case TaskDecoded(task=task, picture=picture):
+                self._decoded(task, picture)
+            case Drain():
+                self._drain()
+            case LoadAdapter() | UnloadAdapter() | ImportAdapter() | ExportAdapter():
+                self._call(message)
+
+    # ---------------------------------------------------------------------------------------- generations
+    def _submit_generation(self, job: GenerationJob) -> None:
+        self.generations.begin(job, self.scheduler.submit(job))
+        for use in job.adapters:
+            hit = self.residency.slot(use.checkpoint) is not None
+            self._send(Sample("adapter_lookups_total", 1.0, ("hit" if hit else "miss",)))
+        self.generations.tell_positions(list(self.scheduler.waiting_jobs()))
+
+    def _denoise(self, batch: DenoiseBatch) -> None:
+        try:
+            slots = self._load(batch)
+            if slots is None or not self._open(batch):
+                return  # a request fell out; the rest is scheduled anew
+            before = monotonic()
+            finished = self._runner.denoise(batch.tasks, batch.bucket, slots)
+        except Exception as error:
+            self._batch_failed(batch, error)
+            return
+        self._send(Sample("denoise_step_seconds", monotonic() - before))
+        self._send(Sample("batch_rows", float(len(batch.tasks))))
+        for task in batch.tasks:
+            task.bucket = max(task.bucket, batch.bucket)
+            self.generations.stepped(task)
+        done = [task for task, last in zip(batch.tasks, finished, strict=True) if last]
+        if done:
+            self.scheduler.remove(done)
+            for task in done:
+                self._runner.decode(task, partial(self._put_decoded, task))
+            self._retire()
+
+    def _put_decoded(self, task: ImageTask, picture: Decoded) -> None:
+        self._inbox.put(TaskDecoded(task, picture))
+
+    def _load(self, batch: DenoiseBatch) -> dict[CheckpointId, int] | None:
+        """Slots for the adapters of a batch, loaded. None when one could not be."""
+        pinned = frozenset[CheckpointId]().union(*(task.checkpoints for task in batch.tasks))
+        slots: dict[CheckpointId, int] = {}
+        for use in {use.checkpoint: use for task in batch.tasks for use in task.job.adapters}.values():
+            try:
+                slots[use.checkpoint] = self._load_one(use, pinned)
+            except AtelierError as error:
+                users = {t.job.id for t in self.scheduler.tasks if use.checkpoint in t.checkpoints}
+                for job_id in users:
+                    self._fail(job_id, error)
+                return None
+        return slots
+
+    def _load_one(self, use: AdapterUse, pinned: frozenset[CheckpointId]) -> int:
+        evictions = self.residency.evictions
+        slot, needs_load = self.residency.acquire(use.checkpoint, pinned)
+        if needs_load:
+            before = monotonic()
+            try:
+                self._runner.load(use, slot)
+            except Exception:
+                self.residency.release([use.checkpoint])
+                self._runner.clear(slot)
+                raise
+            self._send(Sample("adapter_load_seconds", monotonic() - before, ("disk",)))
+        if evicted := self.residency.evictions - evictions:
+            self._send(Sample("adapter_evictions_total", float(evicted)))
+        return slot
+
+    def _open(self, batch: DenoiseBatch) -> bool:
+        """Begins the pictures of a batch that are new. False when a request fell out."""
+        for task in batch.tasks:
+            if task.started:
+                continue
+            before = monotonic()
+            try:
+                self._runner.open(task)
+            except Exception as error:
+                self._fail(task.job.id, error)
+                return False
+            task.started = True
+            self.generations.opened(task, self._runner.steps(task), monotonic() - before)
+        self.generations.tell_positions(list(self.scheduler.waiting_jobs()))
+        return True
+
+    def _batch_failed(self, batch: DenoiseBatch, error: Exception) -> None:
+        """A step that failed fails the requests in it, and nothing else."""
+        if self._runner.is_out_of_memory(error):
+            self._send(Sample("out_of_memory_total", 1.0, ("generate",)))
+            self._runner.release_memory()
+        for job_id in {task.job.id for task in batch.tasks}:
+            self._fail(job_id, error)
+
+    def _decoded(self, task: ImageTask, picture: Decoded) -> None:
+        self._runner.close(task)
+        if task.job.id not in self.generations.live:
+            return  # cancelled or failed meanwhile
+        if picture.error is not None:
+            self._fail(task.job.id, picture.error)
+        elif self.generations.decoded(task, picture):
+            self.generations.end(task.job.id)
+            if self.trainings.owns(task.job.id):
+                self.trainings.sample_ended(task.job.id)
+
+    def _emit_generation(self, event: Event) -> None:
+        """A sample's picture belongs to its training; its other events are nobody's."""
+        match event:
+            case ImageReady() if self.trainings.owns(event.job_id):
+                self.trainings.sample_painted(event)
+            case Sample():
+                self._send(event)
+            case _ if self._is_sample(event):
+                pass
+            case _:
+                self._send(event)
+
+    def _is_sample(self, event: Event) -> bool:
+        return self.trainings.owns(getattr(event, "job_id", ""))
+
+    def _fail(self, job_id: str, error: Exception) -> None:
+        failure = self._failure(job_id, error)
+        self._drop_generation(job_id)
+        if self.trainings.owns(job_id):
+            self.trainings.sample_ended(job_id, failure)
+        else:
+            self._send(failure)
+
+    def _failure(self, job_id: str, error: Exception) -> JobFailed:
+        if isinstance(error, AtelierError):
+            return JobFailed(job_id, error.reason, error.message, tuple(error.metadata.items()))
+        if self._runner.is_out_of_memory(error):
+            return JobFailed(job_id, "OUT_OF_MEMORY", "the device has too little memory for this")
+        _log.error("job %s failed", job_id, exc_info=error)
+        return JobFailed(job_id, "INTERNAL", "an internal error; the server's log has the details")
+
+    def _drop_generation(self, job_id: str) -> None:
+        tasks = self.generations.end(job_id)
+        self.scheduler.remove(tasks)
+        for task in tasks:
+            self._runner.close(task)
+        self._retire()
+
+    # ------------------------------------------------------------------------------------------ trainings
+    def _submit_training(self, job: TrainingJob) -> None:
+        try:
+            run = self._runner.open_training(job)
+        except Exception as error:
+            self._send(self._failure(job.id, error))
+            return
+        self.trainings.begin(job, run)
+        self.scheduler.submit_training(job.id)
+
+    def _train(self, training_id: str) -> None:
+        try:
+            self.trainings.advance(training_id)
+        except Exception as error:
+            if self._runner.is_out_of_memory(error):
+                self._send(Sample("out_of_memory_total", 1.0, ("train",)))
+                self._runner.release_memory()
+            self.trainings.fail(training_id, self._failure(training_id, error))
+
+    # ------------------------------------------------------------------------------------- cancel and drain
+    def _cancel(self, job_id: str) -> None:
+        if job_id in self.trainings.live:
+            try:
+                self.trainings.cancel(job_id)
+            except Exception as error:
+                self.trainings.fail(job_id, self._failure(job_id, error))
+        elif job_id in self.generations.live:
+            self._drop_generation(job_id)
+            self._send(JobCancelled(job_id))
+
+    def _drain(self) -> None:
+        """Pictures are finished; trainings keep what they have and go on after the next start."""
+        self._draining = True
+        for training_id in list(self.trainings.live):
+            try:
+                self.trainings.keep(training_id)
+            except Exception:
+                _log.exception("training %s: no checkpoint; it goes on from its last one", training_id)
+            self.trainings.drop(training_id)
+
+    # ---------------------------------------------------------------------------------------- adapter calls
+    def _call(self, command: LoadAdapter | UnloadAdapter | ImportAdapter | ExportAdapter) -> None:
+        try:
+            self._send(self._answer(command))
+        except Exception as error:
+            failure = self._failure("", error)
+            self._send(CallFailed(command.call_id, failure.reason, failure.message, failure.metadata))
+
+    def _answer(self, command: LoadAdapter | UnloadAdapter | ImportAdapter | ExportAdapter) -> Event:
+        match command:
+            case LoadAdapter(call_id=call_id, use=use):
+                resident = self.residency.slot(use.checkpoint) is not None
+                self._load_one(use, self._in_use())
+                return AdapterLoaded(call_id, not resident)
+            case UnloadAdapter(call_id=call_id, checkpoints=checkpoints):
+                return AdaptersUnloaded(call_id, self._unload(checkpoints))
+            case ImportAdapter(call_id=call_id):
+                checkpoint, layout, matched = self._runner.import_adapter(
+                    command.path, command.name, command.new_version, command.trigger
+                )
+                return AdapterImported(call_id, checkpoint, layout, matched)
+            case ExportAdapter(call_id=call_id, use=use, layout=layout, path=path):
+                size, sha256 = self._runner.export_adapter(use, layout, path)
+                return AdapterExported(call_id, path, size, sha256)
+
+    def _in_use(self) -> frozenset[CheckpointId]:
+        return frozenset[CheckpointId]().union(*(task.checkpoints for task in self.scheduler.tasks))
+
+    def _unload(self, checkpoints: tuple[CheckpointId, ...]) -> int:
+        """Frees what nobody uses now, and marks the rest to be freed when its last picture is done."""
+        resident = {c for c in checkpoints if self.residency.slot(c) is not None}
+        self._doomed |= resident
+        self._retire()
+        return len(resident)
+
+    def _retire(self) -> None:
+        idle = self._doomed - self._in_use() if self._doomed else frozenset()
+        for slot in self.residency.release(idle):
+            self._runner.clear(slot)
+        self._doomed -= idle

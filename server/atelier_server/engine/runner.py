@@ -1,0 +1,109 @@
+"""The seam between the desk and the device: what the loop asks of torch. Torch-free itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from atelier_server.core import AdapterUse, CheckpointId, TrainingJob
+from atelier_server.engine.scheduler import ImageTask
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one training micro-step says of itself."""
+
+    loss: float
+    learning_rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A checkpoint that has just become visible in the store."""
+
+    use: AdapterUse
+    size_bytes: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A finished picture as a file, or why there is none."""
+
+    data: bytes
+    seconds: float
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes on the device (on a CPU: of the process)."""
+
+    allocated: int
+    reserved: int
+    peak: int
+    components: tuple[tuple[str, int], ...] = ()
+
+
+class TrainingRun(Protocol):
+    """One training on the device."""
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def published(self) -> Published | None:
+        """The last checkpoint, also the one that the training goes on from."""
+
+    def prepare(self) -> Iterator[None]:
+        """Gets everything ready in small pieces; resumes from the last checkpoint."""
+
+    def train_step(self) -> StepReport:
+        """One micro-step. Raises NonfiniteLoss before anything is written."""
+
+    def publish(self) -> Published:
+        """Publishes the weights of now, atomically, with all that is needed to go on from here."""
+
+
+class Runner(Protocol):
+    """Device work. Every method is called from the loop's thread."""
+
+    def open(self, task: ImageTask) -> None:
+        """Encodes the prompts and draws the noise of a picture."""
+
+    def denoise(
+        self, tasks: Sequence[ImageTask], bucket: int, slots: Mapping[CheckpointId, int]
+    ) -> list[bool]:
+        """One denoise step for each task; says for each whether that was its last."""
+
+    def steps(self, task: ImageTask) -> int:
+        """How many forwards an opened picture takes in all."""
+
+    def decode(self, task: ImageTask, done: Callable[[Decoded], None]) -> None:
+        """Turns a finished picture into a file beside the loop; `done` is called from another thread."""
+
+    def close(self, task: ImageTask) -> None:
+        """Forgets a picture, finished or not."""
+
+    def load(self, use: AdapterUse, slot: int) -> None:
+        """Copies a checkpoint from the store into a slot."""
+
+    def clear(self, slot: int) -> None: ...
+
+    def open_training(self, job: TrainingJob) -> TrainingRun: ...
+
+    def import_adapter(
+        self, path: str, name: str, new_version: bool, trigger: str
+    ) -> tuple[CheckpointId, str, int]:
+        """Checks and publishes a file: the checkpoint, the detected layout, the matched modules."""
+
+    def export_adapter(self, use: AdapterUse, layout: str, path: str) -> tuple[int, str]:
+        """Writes a checkpoint in a layout: size in bytes and sha256."""
+
+    def is_out_of_memory(self, error: Exception) -> bool: ...
+
+    def release_memory(self) -> None:
+        """Gives cached device memory back after an out-of-memory."""
+
+    def memory(self) -> Memory: ...

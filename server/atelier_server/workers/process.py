@@ -1,0 +1,130 @@
+"""The worker's entry: `python -m atelier_server.workers.process FD`.
+
+Wires base, bank, runner and loop together and connects them to the front over the socket FD. The process
+ends itself when the front's end of the socket closes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import threading
+from queue import SimpleQueue
+from typing import BinaryIO
+
+from atelier_server.core import (
+    Command,
+    Event,
+    Heartbeat,
+    WorkerFailed,
+    WorkerReady,
+    WorkerSettings,
+)
+from atelier_server.engine.loop import Loop, Message
+from atelier_server.engine.trainings import SampleDefaults
+from atelier_server.workers import wire
+from atelier_server.workers.runner import TorchRunner
+
+_log = logging.getLogger(__name__)
+_HEARTBEAT_SECONDS = 1.0
+
+
+class Outbox:
+    """Events to the front, written by a thread of their own: the device never waits for a reader."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._queue: SimpleQueue[Event | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._write, name="outbox", daemon=True)
+        self._thread.start()
+
+    def put(self, event: Event) -> None:
+        self._queue.put(event)
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _write(self) -> None:
+        while (event := self._queue.get()) is not None:
+            try:
+                self._connection.sendall(wire.frame(event))
+            except OSError:
+                return  # the front has gone; the reader ends the process
+
+
+def _read(stream: BinaryIO, inbox: SimpleQueue[Message]) -> None:
+    """Moves commands to the inbox. Without a front there is nobody to work for: the process ends at once."""
+    try:
+        while True:
+            command: Command = wire.read(stream)
+            inbox.put(command)
+    except EOFError:
+        _log.warning("the front has gone; the worker ends")
+        os._exit(0)
+
+
+def _beat(loop: Loop, runner: TorchRunner, outbox: Outbox, stop: threading.Event) -> None:
+    while not stop.wait(_HEARTBEAT_SECONDS):
+        outbox.put(_heartbeat(loop, runner))
+
+
+def _heartbeat(loop: Loop, runner: TorchRunner) -> Heartbeat:
+    memory = runner.memory()
+    tasks = loop.scheduler.tasks
+    return Heartbeat(
+        queued_generations=sum(1 for _ in loop.scheduler.waiting_jobs()),
+        running_images=sum(1 for task in tasks if task.started),
+        running_trainings=len(loop.trainings.live),
+        resident=loop.residency.resident,
+        memory_allocated_bytes=memory.allocated,
+        memory_reserved_bytes=memory.reserved,
+        memory_peak_bytes=memory.peak,
+        component_bytes=memory.components,
+    )
+
+
+def serve(connection: socket.socket) -> int:
+    """Runs one worker until it is drained. Returns the exit code."""
+    stream = connection.makefile("rb")
+    settings: WorkerSettings = wire.read(stream)
+    outbox = Outbox(connection)
+    inbox: SimpleQueue[Message] = SimpleQueue()
+    threading.Thread(target=_read, args=(stream, inbox), name="inbox", daemon=True).start()
+    try:
+        runner = TorchRunner(settings)
+    except Exception as error:
+        _log.exception("the worker cannot start")
+        outbox.put(WorkerFailed("MODEL_UNUSABLE", f"model {settings.model!r}: {error}"))
+        outbox.close()
+        return 1
+    info = runner.info()
+    loop = Loop(
+        runner=runner,
+        inbox=inbox,
+        emit=outbox.put,
+        slots=settings.slots,
+        sample_defaults=SampleDefaults(info.native_width, info.native_height, info.default_scheduler),
+    )
+    outbox.put(WorkerReady(info, settings.slots))
+    stopped = threading.Event()
+    threading.Thread(
+        target=_beat, args=(loop, runner, outbox, stopped), name="heartbeat", daemon=True
+    ).start()
+    loop.run()
+    stopped.set()
+    outbox.put(_heartbeat(loop, runner))
+    outbox.close()
+    return 0
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s worker %(name)s: %(message)s")
+    sys.exit(serve(socket.socket(fileno=int(sys.argv[1]))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,348 @@
+"""The runner: does on the device what the loop asks for.
+
+The one place, with the worker's entry, that knows engine, adapters, diffusion and training together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import logging
+import platform
+import resource
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from time import monotonic
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from atelier_server.adapters.bank import ActiveRows, RowsKey, SlotBank
+from atelier_server.adapters.format import CanonicalAdapter, Layout, read_adapter, write_adapter
+from atelier_server.adapters.store import AdapterStore, CheckpointRecord
+from atelier_server.core import (
+    AdapterUse,
+    BaseInfo,
+    CheckpointId,
+    GenerationJob,
+    TrainingJob,
+    WorkerSettings,
+)
+from atelier_server.diffusion.base import BaseModel, load_base
+from atelier_server.diffusion.denoiser import Denoiser, Picture
+from atelier_server.diffusion.images import encode_picture
+from atelier_server.diffusion.schedulers import Trajectory, default_scheduler
+from atelier_server.engine.runner import Decoded, Memory, Published, StepReport
+from atelier_server.engine.scheduler import ImageTask
+from atelier_server.errors import AdapterNotFound, DataLoss, NonfiniteImage, UnsupportedFormat
+from atelier_server.training.trainer import LoraTrainer
+
+_log = logging.getLogger(__name__)
+_CACHED_PROMPTS = 512
+_PACKAGES = ("atelier", "torch", "diffusers", "transformers", "peft")
+
+
+class TorchRunner:
+    """One base, one bank, one denoiser. Called from the loop's thread; only decoding runs beside it."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        self.base = load_base(settings.model, settings.device, settings.dtype)
+        self.bank = SlotBank(slots=settings.slots, max_rank=settings.max_lora_rank)
+        self.bank.wrap(self.base.unet, "unet")
+        self.denoiser = Denoiser(self.base.unet, self.base.scheduler_config)
+        self.store = AdapterStore(Path(settings.data_dir) / "adapters")
+        self._pictures: dict[int, Picture] = {}  # by arrival
+        self._prompts: OrderedDict[str, Tensor] = OrderedDict()
+        self._verified: set[CheckpointId] = set()
+        # Told by the heartbeat's thread, so counted here and not there.
+        self._base_bytes = _model_bytes(self.base)
+        self._bank_bytes = 0
+        self._rows: tuple[RowsKey, ActiveRows] | None = None
+        # One thread: pictures are decoded in the order in which they were finished.
+        self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decoder")
+
+    # ------------------------------------------------------------------------------------------- pictures
+    def open(self, task: ImageTask) -> None:
+        job = task.job
+        trajectory = Trajectory.begin(
+            job.scheduler,
+            self.base.scheduler_config,
+            num_inference_steps=job.num_inference_steps,
+            seed=task.seed,
+            shape=self.base.latent_shape(job.width, job.height),
+            device=self.base.device,
+            dtype=self.base.dtype,
+        )
+        self._pictures[task.arrival] = Picture(
+            trajectory=trajectory,
+            prompt=self._prompt(job.prompt),
+            negative=self._prompt(job.negative_prompt) if job.guided else None,
+            guidance_scale=job.guidance_scale,
+        )
+
+    def steps(self, task: ImageTask) -> int:
+        return len(self._pictures[task.arrival].trajectory.timesteps)
+
+    def denoise(
+        self, tasks: Sequence[ImageTask], bucket: int, slots: Mapping[CheckpointId, int]
+    ) -> list[bool]:
+        pictures = [self._pictures[task.arrival] for task in tasks]
+        rows: list[list[tuple[int, float]]] = []
+        for task in tasks:
+            row = [(slots[use.checkpoint], use.weight) for use in task.job.adapters]
+            rows += [row] * task.rows
+        rows += [[]] * (bucket - len(rows))
+        with self.bank.use(self._gather(rows)):
+            self.denoiser.step(pictures, bucket)
+        if self.base.device.type == "cuda":
+            torch.cuda.synchronize(self.base.device)
+        return [picture.trajectory.finished for picture in pictures]
+
+    def decode(self, task: ImageTask, done: Callable[[Decoded], None]) -> None:
+        latents = self._pictures[task.arrival].trajectory.latents[0]
+        self._decoder.submit(self._decode, task, latents, done)
+
+    def close(self, task: ImageTask) -> None:
+        self._pictures.pop(task.arrival, None)
+
+    def _decode(self, task: ImageTask, latents: Tensor, done: Callable[[Decoded], None]) -> None:
+        before = monotonic()
+        try:
+            pixels = self.base.decode_latents(latents)
+            if not bool(pixels.isfinite().all()):
+                raise NonfiniteImage(
+                    "the picture has values that are not finite: lower the guidance or weights"
+                )
+            data = encode_picture(pixels, task.job.image_format, self._parameters(task))
+        except Exception as error:
+            done(Decoded(b"", monotonic() - before, error))
+        else:
+            done(Decoded(data, monotonic() - before))
+
+    def _prompt(self, text: str) -> Tensor:
+        """The prompt's embedding, cached: the same words come again with every picture of a request."""
+        if (embeds := self._prompts.get(text)) is None:
+            embeds = self._prompts[text] = self.base.encode_prompt(text)
+        self._prompts.move_to_end(text)
+        while len(self._prompts) > _CACHED_PROMPTS:
+            self._prompts.popitem(last=False)
+        return embeds
+
+    def _gather(self, rows: list[list[tuple[int, float]]]) -> ActiveRows:
+        """The bank's rows, gathered anew only when the batch or a slot has changed."""
+        key = self.bank.key(rows)
+        if self._rows is None or self._rows[0] != key:
+            self._rows = (key, self.bank.gather(rows))
+        return self._rows[1]
+
+    def _parameters(self, task: ImageTask) -> dict[str, object]:
+        """What is embedded in a picture's file: all that decides about it, nothing that varies besides."""
+        job = task.job
+        return {
+            **_settings(job),
+            "seed": task.seed,
+            "base_model": self.base.reference,
+            "base_sha256": self.base.sha256,
+            "dtype": _dtype(self.base),
+            "device": self.base.device.type,
+            "versions": dict(_versions()),
+        }
+
+    # ------------------------------------------------------------------------------------------- adapters
+    def load(self, use: AdapterUse, slot: int) -> None:
+        self.bank.load(slot, self._stored(use))
+        self._bank_bytes = self.bank.size_bytes
+
+    def clear(self, slot: int) -> None:
+        self.bank.clear(slot)
+
+    def import_adapter(
+        self, path: str, name: str, new_version: bool, trigger: str
+    ) -> tuple[CheckpointId, str, int]:
+        adapter, layout = read_adapter(Path(path), self.bank.layers)
+        self.bank.check(adapter)
+        meta = self.store.create_version(
+            name=name,
+            trigger=trigger,
+            base_model=self.base.reference,
+            base_sha256=self.base.sha256,
+            training="",
+            new_version=new_version,
+        )
+        largest = max(adapter.modules.values(), key=lambda module: module.A.shape[0])
+        try:
+            record = self.store.publish(
+                CheckpointId(name, meta.version, 0),
+                lambda folder: write_adapter(adapter, folder / "adapter.safetensors", "diffusers"),
+                loss=None,
+                rank=largest.A.shape[0],
+                lora_alpha=largest.alpha,
+            )
+        except Exception:
+            self.store.delete(name, meta.version)
+            raise
+        return record.id, layout, len(adapter.modules)
+
+    def export_adapter(self, use: AdapterUse, layout: str, path: str) -> tuple[int, str]:
+        target = Path(path)
+        write_adapter(self._stored(use), target, cast(Layout, layout))
+        return target.stat().st_size, _sha256(target)
+
+    def _stored(self, use: AdapterUse) -> CanonicalAdapter:
+        """A checkpoint of the store, its checksum verified the first time. Raises DataLoss."""
+        path = Path(use.path)
+        metadata = {"adapter": str(use.checkpoint)}
+        try:
+            if use.checkpoint not in self._verified and _sha256(path) != use.sha256:
+                raise DataLoss(f"{use.checkpoint}: the stored file does not match its checksum", metadata)
+            adapter, _ = read_adapter(path, self.bank.layers)
+        except FileNotFoundError as error:
+            raise AdapterNotFound(
+                f"{use.checkpoint} has been deleted", metadata, name=str(use.checkpoint)
+            ) from error
+        except UnsupportedFormat as error:
+            raise DataLoss(f"{use.checkpoint}: the stored file is unreadable", metadata) from error
+        self._verified.add(use.checkpoint)
+        return adapter
+
+    # ------------------------------------------------------------------------------------------ trainings
+    def open_training(self, job: TrainingJob) -> TrainerRun:
+        trainer = LoraTrainer(job, base=self.base, denoiser=self.denoiser, bank=self.bank, store=self.store)
+        return TrainerRun(trainer, self.store)
+
+    # --------------------------------------------------------------------------------------------- device
+    def info(self) -> BaseInfo:
+        base = self.base
+        return BaseInfo(
+            reference=base.reference,
+            family=base.family.name,
+            sha256=base.sha256,
+            native_width=base.native_width,
+            native_height=base.native_height,
+            prediction_type=self.denoiser.prediction_type,
+            default_scheduler=default_scheduler(base.scheduler_config),
+            max_prompt_tokens=base.max_prompt_tokens,
+            num_parameters=base.num_parameters,
+            device=str(base.device),
+            device_description=_describe(base.device),
+            dtype=_dtype(base),
+            memory_total_bytes=_total_memory(base.device),
+            versions=_versions(),
+        )
+
+    def is_out_of_memory(self, error: Exception) -> bool:
+        return isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+    def release_memory(self) -> None:
+        self._rows = None
+        if self.base.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def memory(self) -> Memory:
+        components = (("base", self._base_bytes), ("bank", self._bank_bytes))
+        if self.base.device.type == "cuda":
+            device = self.base.device
+            return Memory(
+                allocated=torch.cuda.memory_allocated(device),
+                reserved=torch.cuda.memory_reserved(device),
+                peak=torch.cuda.max_memory_allocated(device),
+                components=components,
+            )
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        return Memory(allocated=resident, reserved=resident, peak=peak, components=components)
+
+
+class TrainerRun:
+    """A trainer as the loop drives it."""
+
+    def __init__(self, trainer: LoraTrainer, store: AdapterStore) -> None:
+        self._trainer = trainer
+        job = trainer.job
+        record = store.last_checkpoint(job.name, job.version) if job.resume_step else None
+        self._published = _published(record) if record else None
+
+    @property
+    def step(self) -> int:
+        return self._trainer.step
+
+    @property
+    def published(self) -> Published | None:
+        return self._published
+
+    def prepare(self) -> Iterator[None]:
+        return self._trainer.prepare()
+
+    def train_step(self) -> StepReport:
+        report = self._trainer.train_step()
+        return StepReport(report.loss, report.learning_rate)
+
+    def publish(self) -> Published:
+        self._published = _published(self._trainer.publish())
+        return self._published
+
+
+def _published(record: CheckpointRecord) -> Published:
+    use = AdapterUse(record.id, 1.0, record.path, record.sha256)
+    return Published(use, record.size_bytes, record.loss if record.loss is not None else 0.0)
+
+
+def _settings(job: GenerationJob) -> dict[str, object]:
+    return {
+        "prompt": job.prompt,
+        "negative_prompt": job.negative_prompt,
+        "adapters": [
+            {
+                "adapter": str(u.checkpoint),
+                "version": u.checkpoint.version,
+                "weight": u.weight,
+                "sha256": u.sha256,
+            }
+            for u in job.adapters
+        ],
+        "num_inference_steps": job.num_inference_steps,
+        "guidance_scale": job.guidance_scale,
+        "scheduler": job.scheduler,
+        "width": job.width,
+        "height": job.height,
+        "reproducibility": job.mode.value,
+        "batch_bucket": job.bucket,
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _dtype(base: BaseModel) -> str:
+    return str(base.dtype).removeprefix("torch.")
+
+
+def _versions() -> tuple[tuple[str, str], ...]:
+    return tuple((package, importlib.metadata.version(package)) for package in _PACKAGES)
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _total_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemTotal:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _model_bytes(base: BaseModel) -> int:
+    modules = (base.unet, base.vae, base.text_encoder)
+    return sum(p.nbytes for module in modules for p in module.parameters())

@@ -1,0 +1,117 @@
+"""Fakes for the seams that unit tests need. Small on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from atelier_server.core import AdapterUse, CheckpointId, GenerationJob, Mode, Recipe, TrainingJob
+from atelier_server.engine.runner import Decoded, Memory, Published, StepReport
+from atelier_server.engine.scheduler import ImageTask
+from atelier_server.errors import AdapterNotFound
+
+
+def use(name: str, step: int = 100, weight: float = 1.0) -> AdapterUse:
+    return AdapterUse(CheckpointId(name, 1, step), weight, f"{name}.safetensors", "")
+
+
+def generation(job_id: str, *, adapters: tuple[AdapterUse, ...] = (), **fields: object) -> GenerationJob:
+    defaults: dict[str, object] = {
+        "prompt": "p", "negative_prompt": "", "seed": 1, "num_images": 1, "num_inference_steps": 3,
+        "guidance_scale": 5.0, "scheduler": "ddim", "width": 64, "height": 64, "mode": Mode.FAST, "bucket": 0,
+    }  # fmt: skip
+    return GenerationJob(id=job_id, adapters=adapters, **(defaults | fields))  # type: ignore[arg-type]
+
+
+def training(job_id: str, *, resume_step: int = 0, **fields: object) -> TrainingJob:
+    recipe = Recipe(instance_prompt="a sks", resolution=64, **fields)  # type: ignore[arg-type]
+    return TrainingJob(job_id, job_id.split("-", maxsplit=1)[0], 1, recipe, (), resume_step)
+
+
+class FakeRun:
+    """A training whose steps do nothing; `broken` maps a step to the error it raises."""
+
+    def __init__(self, job: TrainingJob, log: list[tuple[str, object]], broken: dict[int, Exception]) -> None:
+        self.job, self.log, self.broken = job, log, broken
+        self.step = job.resume_step
+        self.published = Published(use(job.name, self.step), 1, 0.1) if self.step else None
+
+    def prepare(self) -> Iterator[None]:
+        yield
+        yield
+
+    def train_step(self) -> StepReport:
+        if error := self.broken.get(self.step + 1):
+            raise error
+        self.step += 1
+        self.log.append(("train", self.step))
+        return StepReport(1.0 / self.step, 1e-4)
+
+    def publish(self) -> Published:
+        self.published = Published(use(self.job.name, self.step), 1, 0.1)
+        return self.published
+
+
+class FakeRunner:
+    """Counts instead of computing. `missing` names adapters whose load fails."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[str, object]] = []
+        self.slots: dict[int, CheckpointId] = {}
+        self.progress: dict[int, int] = {}
+        self.missing: set[str] = set()
+        self.broken: dict[int, Exception] = {}
+        self.denoise_error: Exception | None = None
+
+    def open(self, task: ImageTask) -> None:
+        self.progress[task.arrival] = 0
+
+    def steps(self, task: ImageTask) -> int:
+        return task.job.num_inference_steps
+
+    def denoise(
+        self, tasks: Sequence[ImageTask], bucket: int, slots: Mapping[CheckpointId, int]
+    ) -> list[bool]:
+        if self.denoise_error:
+            error, self.denoise_error = self.denoise_error, None
+            raise error
+        assert sum(task.rows for task in tasks) <= bucket
+        for task in tasks:
+            assert all(self.slots[slots[c]] == c for c in task.checkpoints)
+            self.progress[task.arrival] += 1
+        self.log.append(("denoise", tuple(task.job.id for task in tasks)))
+        return [self.progress[task.arrival] == task.job.num_inference_steps for task in tasks]
+
+    def decode(self, task: ImageTask, done: Callable[[Decoded], None]) -> None:
+        done(Decoded(f"{task.job.id}:{task.index}".encode(), 0.0))
+
+    def close(self, task: ImageTask) -> None:
+        self.progress.pop(task.arrival, None)
+
+    def load(self, use: AdapterUse, slot: int) -> None:
+        if use.checkpoint.name in self.missing:
+            raise AdapterNotFound("gone", name=use.checkpoint.name)
+        self.slots[slot] = use.checkpoint
+        self.log.append(("load", use.checkpoint.name))
+
+    def clear(self, slot: int) -> None:
+        self.slots.pop(slot, None)
+
+    def open_training(self, job: TrainingJob) -> FakeRun:
+        return FakeRun(job, self.log, self.broken)
+
+    def import_adapter(
+        self, path: str, name: str, new_version: bool, trigger: str
+    ) -> tuple[CheckpointId, str, int]:
+        return CheckpointId(name, 2 if new_version else 1, 0), "peft", len(path + trigger)
+
+    def export_adapter(self, use: AdapterUse, layout: str, path: str) -> tuple[int, str]:
+        return len(path), layout
+
+    def is_out_of_memory(self, error: Exception) -> bool:
+        return isinstance(error, MemoryError)
+
+    def release_memory(self) -> None:
+        self.log.append(("release", None))
+
+    def memory(self) -> Memory:
+        return Memory(0, 0, 0)

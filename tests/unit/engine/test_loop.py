@@ -1,0 +1,248 @@
+"""The loop over a runner that counts: order of events, cancels, failing alone, trainings between pictures."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from queue import SimpleQueue
+
+import pytest
+from atelier_server.core import (
+    AdapterLoaded,
+    AdaptersUnloaded,
+    CallFailed,
+    Cancel,
+    CheckpointId,
+    CheckpointPublished,
+    Drain,
+    Event,
+    GenerationCompleted,
+    ImageReady,
+    ImportAdapter,
+    JobCancelled,
+    JobFailed,
+    LoadAdapter,
+    Progress,
+    Queued,
+    Sample,
+    SampleReady,
+    State,
+    Submit,
+    TrainingCompleted,
+    TrainingStarted,
+    TrainingWarning,
+    UnloadAdapter,
+)
+from atelier_server.engine.loop import Loop, Message
+from atelier_server.engine.trainings import SampleDefaults
+from atelier_server.errors import NonfiniteLoss
+
+from tests.fakes import FakeRunner, generation, training, use
+
+
+class Desk:
+    """A loop with its inbox filled beforehand; `run` works until everything is done."""
+
+    def __init__(self, slots: int = 4) -> None:
+        self.runner = FakeRunner()
+        self.inbox: SimpleQueue[Message] = SimpleQueue()
+        self.events: list[Event] = []
+        self.loop = Loop(
+            runner=self.runner,
+            inbox=self.inbox,
+            emit=self.events.append,
+            slots=slots,
+            sample_defaults=SampleDefaults(64, 64, "ddim"),
+        )
+
+    def send(self, *messages: Message) -> Desk:
+        for message in messages:
+            self.inbox.put(message)
+        return self
+
+    def until(self, done: int) -> Desk:
+        """Turns the loop until so many jobs have ended; a bounded number of times."""
+        ends = GenerationCompleted | JobFailed | JobCancelled | TrainingCompleted
+        for _ in range(500):
+            self.loop.turn()
+            if sum(isinstance(event, ends) for event in self.events) >= done and self.inbox.empty():
+                return self
+        raise AssertionError(f"still waiting: {self.events}")
+
+    def of(self, *kinds: type[Event]) -> list[Event]:
+        return [event for event in self.events if isinstance(event, kinds)]
+
+
+def test_a_generation_from_queued_to_completed() -> None:
+    desk = Desk().send(Submit(generation("a", num_images=2, num_inference_steps=3))).until(1)
+    events = [event for event in desk.events if not isinstance(event, Sample)]
+    assert events[0] == Queued("a", 0)
+    assert isinstance(events[-1], GenerationCompleted)
+    assert events[-1].bucket == 4
+    assert desk.of(Progress)[-1] == Progress("a", 6, 6)
+    assert [(e.index, e.seed, e.data) for e in desk.of(ImageReady)] == [(0, 1, b"a:0"), (1, 2, b"a:1")]
+    assert desk.runner.progress == {}
+
+
+def test_requests_share_forwards() -> None:
+    desk = Desk().send(*(Submit(generation(name, adapters=(use(name),))) for name in "abc")).until(3)
+    assert desk.runner.log.count(("denoise", ("a", "b", "c"))) == 3
+    assert desk.of(Sample).count(Sample("batch_rows", 3.0)) == 3
+
+
+def test_a_request_joins_between_two_steps() -> None:
+    desk = Desk().send(Submit(generation("a", num_inference_steps=5)))
+    desk.loop.turn()
+    desk.send(Submit(generation("b", num_inference_steps=2))).until(2)
+    order = [names for kind, names in desk.runner.log if kind == "denoise"]
+    assert order == [("a",), ("a", "b"), ("a", "b"), ("a",), ("a",)]
+
+
+def test_cancel_takes_effect_before_the_next_step() -> None:
+    desk = Desk().send(Submit(generation("a", num_inference_steps=50)))
+    desk.loop.turn()
+    desk.send(Cancel("a"), Cancel("unknown")).until(1)
+    assert desk.of(JobCancelled) == [JobCancelled("a")]
+    assert desk.runner.log == [("denoise", ("a",))]
+    assert desk.runner.progress == {}
+
+
+def test_a_bad_adapter_fails_its_own_request_only() -> None:
+    desk = Desk()
+    desk.runner.missing = {"bad"}
+    desk.send(Submit(generation("x", adapters=(use("bad"),))), Submit(generation("y"))).until(2)
+    assert [e.job_id for e in desk.of(JobFailed)] == ["x"]
+    assert desk.of(JobFailed)[0].reason == "ADAPTER_NOT_FOUND"  # type: ignore[union-attr]
+    assert [e.job_id for e in desk.of(GenerationCompleted)] == ["y"]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"), [(MemoryError(), "OUT_OF_MEMORY"), (RuntimeError("odd"), "INTERNAL")]
+)
+def test_a_failed_step_fails_its_requests_and_the_next_works(error: Exception, reason: str) -> None:
+    desk = Desk()
+    desk.runner.denoise_error = error
+    desk.send(Submit(generation("a"))).until(1)
+    assert desk.of(JobFailed)[0].reason == reason  # type: ignore[union-attr]
+    desk.send(Submit(generation("b"))).until(2)
+    assert [e.job_id for e in desk.of(GenerationCompleted)] == ["b"]
+
+
+def test_positions_are_told_when_they_change() -> None:
+    desk = Desk(slots=1)
+    desk.send(*(Submit(generation(name, adapters=(use(name),))) for name in "abc")).until(3)
+    assert [e.position for e in desk.of(Queued) if e.job_id == "c"] == [2, 1, 0]
+
+
+def test_more_adapters_than_slots_take_turns() -> None:
+    desk = Desk(slots=1)
+    desk.send(*(Submit(generation(name, adapters=(use(name),))) for name in "ab")).until(2)
+    assert [name for kind, name in desk.runner.log if kind == "load"] == ["a", "b"]
+    assert desk.of(Sample).count(Sample("adapter_evictions_total", 1.0)) == 1
+
+
+def test_a_training_publishes_and_completes() -> None:
+    desk = Desk().send(Submit(training("otto-1", max_train_steps=5, checkpointing_steps=2))).until(1)
+    assert desk.of(TrainingStarted) == [TrainingStarted("otto-1", 0)]
+    assert [e.checkpoint.step for e in desk.of(CheckpointPublished)] == [2, 4, 5]
+    (end,) = desk.of(TrainingCompleted)
+    assert (end.state, end.step) == (State.SUCCEEDED, 5)
+
+
+def test_at_most_one_training_step_between_two_denoise_steps() -> None:
+    desk = Desk()
+    desk.send(Submit(training("otto-1", max_train_steps=30)), Submit(generation("a", num_inference_steps=9)))
+    desk.until(2)
+    kinds = [kind for kind, _ in desk.runner.log]
+    first, last = kinds.index("denoise"), len(kinds) - kinds[::-1].index("denoise")
+    between = kinds[first:last]
+    assert all(not (a == b == "train") for a, b in pairwise(between))
+
+
+def test_samples_are_painted_with_the_checkpoint_and_completion_waits_for_them() -> None:
+    desk = Desk()
+    desk.send(
+        Submit(training("o-1", max_train_steps=2, checkpointing_steps=1, validation_prompts=("p", "q")))
+    )
+    desk.until(1)
+    samples = [(e.step, e.index, e.prompt) for e in desk.of(SampleReady)]
+    assert sorted(samples) == [(1, 0, "p"), (1, 1, "q"), (2, 0, "p"), (2, 1, "q")]
+    assert isinstance(desk.events[-1], TrainingCompleted)
+    assert not desk.of(GenerationCompleted, Progress, Queued, ImageReady)
+
+
+def test_a_resumed_training_paints_the_samples_that_were_lost() -> None:
+    desk = Desk()
+    desk.send(Submit(training("o-1", resume_step=3, max_train_steps=3, validation_prompts=("p",)))).until(1)
+    assert [(e.step, e.index) for e in desk.of(SampleReady)] == [(3, 0)]
+    assert desk.of(TrainingStarted) == [TrainingStarted("o-1", 3)]
+
+
+def test_a_sample_that_fails_is_a_warning() -> None:
+    desk = Desk()
+    desk.runner.missing = {"o"}
+    desk.send(Submit(training("o-1", max_train_steps=1, validation_prompts=("p",)))).until(1)
+    assert desk.of(TrainingWarning)[0].reason == "SAMPLE_FAILED"  # type: ignore[union-attr]
+    assert desk.of(TrainingCompleted)[0].state is State.SUCCEEDED  # type: ignore[union-attr]
+
+
+def test_cancelling_a_training_keeps_what_it_has_learned() -> None:
+    desk = Desk().send(Submit(training("otto-1", max_train_steps=500)))
+    while ("train", 7) not in desk.runner.log:
+        desk.loop.turn()
+    desk.send(Cancel("otto-1")).until(1)
+    assert [e.checkpoint.step for e in desk.of(CheckpointPublished)] == [7]
+    assert desk.of(TrainingCompleted)[0].state is State.CANCELLED  # type: ignore[union-attr]
+    assert not desk.loop.scheduler.has_work
+
+
+def test_a_nonfinite_loss_fails_the_training_and_keeps_its_checkpoints() -> None:
+    desk = Desk()
+    desk.runner.broken = {4: NonfiniteLoss("the loss is NaN at step 4", {"step": "4"})}
+    desk.send(Submit(training("otto-1", max_train_steps=9, checkpointing_steps=2))).until(1)
+    assert [e.checkpoint.step for e in desk.of(CheckpointPublished)] == [2]
+    assert desk.of(JobFailed) == [
+        JobFailed("otto-1", "NONFINITE_LOSS", "the loss is NaN at step 4", (("step", "4"),))
+    ]
+
+
+def test_drain_finishes_pictures_and_keeps_trainings() -> None:
+    desk = Desk().send(Submit(training("otto-1", max_train_steps=500)))
+    while ("train", 3) not in desk.runner.log:
+        desk.loop.turn()
+    desk.send(Submit(generation("a")), Drain())
+    desk.loop.run()
+    assert [e.job_id for e in desk.of(GenerationCompleted)] == ["a"]
+    assert [e.checkpoint.step for e in desk.of(CheckpointPublished)] == [3]
+    assert not desk.of(TrainingCompleted)
+
+
+def test_load_and_unload() -> None:
+    desk = Desk()
+    otto = use("otto")
+    desk.send(LoadAdapter("1", otto), LoadAdapter("2", otto), UnloadAdapter("3", (otto.checkpoint,)))
+    desk.loop.turn()
+    assert desk.of(AdapterLoaded, AdaptersUnloaded) == [
+        AdapterLoaded("1", True),
+        AdapterLoaded("2", False),
+        AdaptersUnloaded("3", 1),
+    ]
+    assert desk.runner.slots == {}
+
+
+def test_an_adapter_in_use_is_unloaded_when_its_last_picture_is_done() -> None:
+    desk = Desk().send(Submit(generation("a", adapters=(use("otto"),))))
+    desk.loop.turn()
+    desk.send(UnloadAdapter("1", (CheckpointId("otto", 1, 100),)))
+    desk.loop.turn()
+    assert len(desk.runner.slots) == 1
+    desk.until(1)
+    assert desk.runner.slots == {}
+
+
+def test_a_call_that_fails_is_answered() -> None:
+    desk = Desk()
+    desk.runner.missing = {"otto"}
+    desk.send(LoadAdapter("1", use("otto")), ImportAdapter("2", "f", "n", False, ""))
+    desk.loop.turn()
+    assert desk.of(CallFailed)[0].reason == "ADAPTER_NOT_FOUND"  # type: ignore[union-attr]
+    assert desk.loop.residency.resident == ()
