@@ -15,8 +15,14 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: .venv
 	$(BIN)/atelier demo --output demo
 
-test: .venv
+# The client of another language is tested wherever Node is installed.
+test: .venv $(if $(shell command -v node && command -v npm),node-client)
 	$(BIN)/python -m pytest -m "not soak and not gpu"
+
+node-client: tests/node/node_modules/.package-lock.json
+tests/node/node_modules/.package-lock.json: tests/node/package.json tests/node/package-lock.json
+	npm --prefix tests/node ci --silent
+	touch $@
 
 soak: .venv
 	$(BIN)/python -m pytest -m "soak"
