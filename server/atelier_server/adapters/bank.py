@@ -1,0 +1,282 @@
+"""The slot bank: every adapter on the device, and which row of the next forward uses which of them.
+
+    bank = SlotBank(slots=16, max_rank=64)
+    bank.wrap(unet, "unet")
+    bank.load(1, adapter)
+    rows = bank.gather([[(1, 1.0)], [], [(1, 0.5), (2, 0.8)]])   # three rows; copied now, once
+    with bank.use(rows):
+        unet(...)                                                # a forward of three rows
+    with bank.train(leaves):
+        loss(unet(...)).backward()                               # forward and backward, both inside
+
+Guarantees: base weights are never written; a row's bits do not depend on its neighbours' adapters, ranks or
+number of adapters (at the same number of rows); a NaN in a slot reaches only the rows that use it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+from torch import nn
+
+from atelier_server.adapters.format import CanonicalAdapter, LoraModule, finite
+from atelier_server.adapters.layers import (
+    BankLayer,
+    Current,
+    LayerSlots,
+    LeafSet,
+    RowDelta,
+    stacked,
+    wrapped,
+)
+from atelier_server.errors import AdapterMismatch
+
+Row = tuple[tuple[int, float], ...]
+RowsKey = tuple[tuple[tuple[int, int, float], ...], ...]
+_FINGERPRINTED_LAYERS = 8
+_FINGERPRINTED_VALUES = 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ActiveRows:
+    """A batch's adapters, gathered: an immutable copy, right for as long as it is held.
+
+    `key` tells whether a later request for the same rows would gather the same (`SlotBank.key`).
+    """
+
+    rows: int
+    key: RowsKey
+    deltas: Mapping[str, RowDelta]
+
+
+@dataclass(slots=True)
+class _Slot:
+    """What a slot holds. `scale` is alpha/r of most of its layers; the others differ by a factor inside B."""
+
+    revision: int = 0
+    rank: int = 0
+    scale: float = 1.0
+    fingerprint: bytes = b""
+    layers: set[str] = field(default_factory=set)
+
+
+class SlotBank:
+    """`slots` adapters of rank `max_rank` or less, in slots 1 to `slots`; slot 0 comes on top, always empty.
+
+    Not thread-safe: one thread runs the device.
+    """
+
+    def __init__(self, *, slots: int, max_rank: int) -> None:
+        self.slots = slots
+        self.max_rank = max_rank
+        self.layers: dict[str, BankLayer] = {}
+        self._buffers: dict[str, LayerSlots] = {}
+        self._held = [_Slot() for _ in range(slots + 1)]
+        self._current = Current()
+        self._training = False
+
+    def wrap(self, root: nn.Module, prefix: str) -> None:
+        """Replaces every plain linear and convolution layer inside `root` and freezes the base.
+
+        Layers are known as PREFIX.NAME, with their names in `root`, whose device and dtype must be final.
+        """
+        root.requires_grad_(False)
+        for name, module in list(root.named_modules()):
+            layer = wrapped(module, f"{prefix}.{name}", self._current)
+            if layer is not None:
+                root.set_submodule(name, layer)
+                self.layers[layer.layer_name] = layer
+
+    # ------------------------------------------------------------------------------------------ content
+    def check(self, adapter: CanonicalAdapter) -> None:
+        """Raises AdapterMismatch that names the first layer which does not fit or is not finite."""
+        self._check_shapes(adapter)
+        for name, module in adapter.modules.items():
+            if not (finite(module.A) and finite(module.B)):
+                raise AdapterMismatch(
+                    f"the adapter has values in {name} that are not finite", {"module": name}
+                )
+
+    def load(self, slot: int, adapter: CanonicalAdapter) -> None:
+        """Copies `adapter` into the slot in place of what it held. Rows gathered before keep the old weights.
+
+        Raises AdapterMismatch, with the slot untouched, if names or shapes do not fit.
+        """
+        held = self._slot(slot)
+        self._check_shapes(adapter)
+        for name in adapter.modules:
+            self._allocate(name)  # all memory first: running out of it leaves the slot as it was
+        scales = {name: module.alpha / module.A.shape[0] for name, module in adapter.modules.items()}
+        common = Counter(scale for scale in scales.values() if scale).most_common(1)
+        for name in held.layers - adapter.modules.keys():
+            self._buffers[name].erase(slot)
+        self._held[slot] = held = _Slot(
+            revision=held.revision + 1,
+            rank=max((module.A.shape[0] for module in adapter.modules.values()), default=0),
+            scale=common[0][0] if common else 1.0,
+            fingerprint=_fingerprint(adapter),
+            layers=set(adapter.modules),
+        )
+        with torch.no_grad():
+            for name, module in adapter.modules.items():
+                self._buffers[name].write(slot, module, scales[name] / held.scale)
+
+    def clear(self, slot: int) -> None:
+        """Empties the slot."""
+        held = self._slot(slot)
+        for name in held.layers:
+            self._buffers[name].erase(slot)
+        self._held[slot] = _Slot(revision=held.revision + 1)
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of all slots."""
+        return sum(buffers.size_bytes for buffers in self._buffers.values())
+
+    # --------------------------------------------------------------------------------------------- rows
+    def key(self, rows: Sequence[Sequence[tuple[int, float]]]) -> RowsKey:
+        """Equal for equal weights in every row: slots with their revisions, in canonical order."""
+        return tuple(
+            tuple((slot, self._held[slot].revision, weight) for slot, weight in self._canonical(row))
+            for row in rows
+        )
+
+    def gather(self, rows: Sequence[Sequence[tuple[int, float]]]) -> ActiveRows:
+        """Copies what each row's (slot, weight) pairs name; an empty row is the base alone.
+
+        The copy costs, the forwards after it do not: keep the result while `key(rows)` stays the same.
+        """
+        canonical = [self._canonical(row) for row in rows]
+        ranks = _packed_rank(max((sum(self._held[s].rank for s, _ in row) for row in canonical), default=0))
+        packed = [self._pack(row, ranks) for row in canonical]
+        index = torch.tensor([i for indices, _ in packed for i in indices])
+        factors = torch.tensor([[f] for _, values in packed for f in values])
+        used = {slot for row in canonical for slot, _ in row}
+        deltas: dict[str, RowDelta] = {}
+        for name, buffers in self._buffers.items():
+            if any(slot in buffers.ranks for slot in used):
+                index, factors = index.to(buffers.A.device), factors.to(buffers.A.device)  # once: one device
+                deltas[name] = buffers.gather(index, factors, len(canonical))
+        return ActiveRows(len(canonical), self.key(rows), MappingProxyType(deltas))
+
+    @contextmanager
+    def use(self, rows: ActiveRows | None) -> Iterator[None]:
+        """Forwards inside have these rows; None = the base alone. RuntimeError inside `train`."""
+        if self._training:
+            raise RuntimeError("rows cannot be activated between a training's forward and its backward")
+        before = self._current.deltas
+        self._current.deltas = rows.deltas if rows is not None else {}
+        try:
+            yield
+        finally:
+            self._current.deltas = before
+
+    @contextmanager
+    def train(self, leaves: LeafSet | Sequence[LeafSet]) -> Iterator[None]:
+        """Forwards inside have trainable weights: one set for all rows, or one a row.
+
+        The backward belongs inside too: with gradient checkpointing it runs the forward again, and with
+        other rows active it would be silently wrong. Activating anything inside raises RuntimeError.
+        """
+        if self._training or self._current.deltas:
+            raise RuntimeError("a training cannot begin while other rows are active")
+        self._training = True
+        self._current.deltas = leaves.leaves if isinstance(leaves, LeafSet) else stacked(leaves)
+        try:
+            yield
+        finally:
+            self._current.deltas = {}
+            self._training = False
+
+    # ---------------------------------------------------------------------------------------- internals
+    def _slot(self, slot: int) -> _Slot:
+        if not 1 <= slot <= self.slots:
+            raise IndexError(f"slot {slot} is none of 1 to {self.slots}")
+        return self._held[slot]
+
+    def _canonical(self, row: Sequence[tuple[int, float]]) -> Row:
+        """Every slot once, in an order that follows from what the slots hold and not from where it lies.
+
+        The order decides the order of summation and so the last bits; slot numbers differ between runs.
+        """
+        weights: dict[int, float] = {}
+        for slot, weight in row:
+            if not math.isfinite(weight):
+                raise ValueError(f"weight {weight} of slot {slot} is not finite")
+            if self._slot(slot).rank:
+                weights[slot] = weights.get(slot, 0.0) + weight
+        kept = [(slot, weight) for slot, weight in weights.items() if weight != 0.0]
+        return tuple(sorted(kept, key=lambda pair: (self._held[pair[0]].fingerprint, pair[0])))
+
+    def _pack(self, row: Row, ranks: int) -> tuple[list[int], list[float]]:
+        """Of each packed rank, its place in the buffers and its factor."""
+        index: list[int] = []
+        factors: list[float] = []
+        for slot, weight in row:
+            held = self._held[slot]
+            index += range(slot * self.max_rank, slot * self.max_rank + held.rank)
+            factors += [weight * held.scale] * held.rank
+        # Padding reads slot 0, which is zero: a factor of 0 on another slot's NaN would be NaN.
+        missing = ranks - len(index)
+        return index + [0] * missing, factors + [0.0] * missing
+
+    def _allocate(self, name: str) -> None:
+        if name not in self._buffers:
+            self._buffers[name] = LayerSlots(self.layers[name], self.slots + 1, self.max_rank)
+
+    def _check_shapes(self, adapter: CanonicalAdapter) -> None:
+        for name, module in adapter.modules.items():
+            layer = self.layers.get(name)
+            if layer is None:
+                raise AdapterMismatch(f"the base model has no layer {name}", {"module": name})
+            if fault := _shape_fault(module, layer, self.max_rank):
+                raise AdapterMismatch(f"the adapter's {name} {fault}", {"module": name})
+
+
+def _shape_fault(module: LoraModule, layer: BankLayer, max_rank: int) -> str:
+    """What is wrong with the shapes, "" if nothing; a linear layer may come as a 1x1 convolution."""
+    rank = module.A.shape[0]
+    if not 1 <= rank <= max_rank:
+        return f"has rank {rank}; this server takes 1 to {max_rank}"
+    features = tuple(layer.weight.shape[1:])
+    if _trimmed(module.A.shape[1:]) != _trimmed(features):
+        return f"takes inputs of shape {tuple(module.A.shape[1:])}, the base model's of {features}"
+    if _trimmed(module.B.shape) != _trimmed((layer.weight.shape[0], rank)):
+        return f"has B of shape {tuple(module.B.shape)}; ({layer.weight.shape[0]}, {rank}) would fit"
+    return ""
+
+
+def _trimmed(shape: Sequence[int]) -> tuple[int, ...]:
+    """Without the ones at the end."""
+    kept = len(shape)
+    while kept and shape[kept - 1] == 1:
+        kept -= 1
+    return tuple(shape[:kept])
+
+
+def _packed_rank(rank: int) -> int:
+    """16, 32, 64, then multiples of 64.
+
+    From 16 up, padding with zeros does not change a row's bits (measured; with 8 it does): so they do not
+    depend on the ranks of its neighbours.
+    """
+    return next((size for size in (16, 32) if rank <= size), -(-rank // 64) * 64)
+
+
+def _fingerprint(adapter: CanonicalAdapter) -> bytes:
+    """Tells adapters apart by a little of their content, cheaply; equal content gives equal bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(adapter.modules)[:_FINGERPRINTED_LAYERS]:
+        module = adapter.modules[name]
+        digest.update(f"{name} {module.alpha} {tuple(module.A.shape)}".encode())
+        for tensor in (module.A, module.B):
+            sample = tensor.detach().flatten()[:_FINGERPRINTED_VALUES]
+            digest.update(str(sample.double().tolist()).encode())
+    return digest.digest()

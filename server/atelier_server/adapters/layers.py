@@ -1,0 +1,261 @@
+"""Linear and convolution layers whose rows may each carry another low-rank change.
+
+Shapes: b rows, n tokens, i features in, o features out, R packed ranks. With `A` [R,i] and `B` [o,R] the
+change of a layer is y + B A x (LoRA, arXiv 2106.09685); B is held transposed, so that the ranks of several
+adapters lie side by side on one axis and a composition is one adapter of a larger rank.
+
+A bank layer *is* the layer that it replaces: a subclass of nn.Linear or nn.Conv2d that holds the very same
+Parameter objects under the same names. `state_dict`, `named_modules`, `save_pretrained` and `weight.dtype` of
+a wrapped model are those of the unwrapped one; nothing of the bank is a parameter or buffer of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from atelier_server.adapters.format import LoraModule
+
+
+class Delta(Protocol):
+    """What is added to the outputs of one layer during a forward."""
+
+    def linear(self, x: Tensor, y: Tensor) -> Tensor:
+        """x [b,...,i], base output y [b,...,o] -> [b,...,o]."""
+        ...
+
+    def conv(self, x: Tensor, y: Tensor, layer: nn.Conv2d) -> Tensor:
+        """x [b,C,H,W], base output y [b,o,H',W'] -> [b,o,H',W']."""
+        ...
+
+
+@dataclass(slots=True)
+class Current:
+    """The deltas of the forward that runs now, by layer name; shared by all layers of a bank.
+
+    A plain attribute and no context variable: with gradient checkpointing on CUDA the forward is computed
+    again in autograd's own thread, which must see the same deltas.
+    """
+
+    deltas: Mapping[str, Delta] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RowDelta:
+    """Gathered slots, one stack of ranks a row: a [b,R,i] or [b*R,C,kh,kw], bt [b,R,o] with scales inside."""
+
+    a: Tensor
+    bt: Tensor
+
+    def linear(self, x: Tensor, y: Tensor) -> Tensor:
+        rows = _checked_rows(x, self.bt)
+        hidden = torch.bmm(x.reshape(rows, -1, x.shape[-1]), self.a.transpose(1, 2))
+        # In place: y is the base layer's fresh output, and reshape copies where it cannot view.
+        return y.reshape(rows, -1, y.shape[-1]).baddbmm_(hidden, self.bt).reshape(y.shape)
+
+    def conv(self, x: Tensor, y: Tensor, layer: nn.Conv2d) -> Tensor:
+        rows = _checked_rows(x, self.bt)
+        hidden = _row_conv(x, self.a, layer, rows)
+        return y.reshape(rows, y.shape[1], -1).baddbmm_(self.bt.transpose(1, 2), hidden).reshape(y.shape)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Leaf:
+    """The trainable weights of one layer, float32: A [r,i] or [r,C,kh,kw], B [o,r] or [o,r,1,1]."""
+
+    A: nn.Parameter
+    B: nn.Parameter
+    scale: float
+
+    def linear(self, x: Tensor, y: Tensor) -> Tensor:
+        delta = F.linear(F.linear(x.to(self.A.dtype), self.A), self.B) * self.scale
+        return y + delta.to(y.dtype)
+
+    def conv(self, x: Tensor, y: Tensor, layer: nn.Conv2d) -> Tensor:
+        hidden = F.conv2d(x.to(self.A.dtype), self.A, None, layer.stride, layer.padding, layer.dilation)
+        return y + (F.conv2d(hidden, self.B) * self.scale).to(y.dtype)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StackedLeaves:
+    """One leaf (or None) a row; smaller ranks are padded, and their padding gets no gradient.
+
+    Stacking instead of indexing a bank: gradients reach the leaves only, without atomics on a GPU.
+    """
+
+    rows: Sequence[Leaf | None]
+
+    def linear(self, x: Tensor, y: Tensor) -> Tensor:
+        a, bt = self._stack()
+        rows = _checked_rows(x, bt)
+        hidden = torch.bmm(x.to(a.dtype).reshape(rows, -1, x.shape[-1]), a.transpose(1, 2))
+        return y + torch.bmm(hidden, bt).reshape(y.shape).to(y.dtype)
+
+    def conv(self, x: Tensor, y: Tensor, layer: nn.Conv2d) -> Tensor:
+        a, bt = self._stack()
+        rows = _checked_rows(x, bt)
+        hidden = _row_conv(x.to(a.dtype), a.flatten(0, 1), layer, rows)
+        return y + torch.bmm(bt.transpose(1, 2), hidden).reshape(y.shape).to(y.dtype)
+
+    def _stack(self) -> tuple[Tensor, Tensor]:
+        """A [b,R,...], B transposed and scaled [b,R,o]."""
+        leaves = [leaf for leaf in self.rows if leaf is not None]
+        rank = max(leaf.A.shape[0] for leaf in leaves)
+        like = leaves[0]
+        empty_a = torch.zeros_like(like.A[:1]).expand(rank, *like.A.shape[1:])
+        empty_b = like.B.new_zeros(rank, like.B.shape[0])
+        a = [empty_a if leaf is None else _pad_ranks(leaf.A, rank) for leaf in self.rows]
+        b = [
+            empty_b if leaf is None else _pad_ranks(leaf.B.flatten(1).t() * leaf.scale, rank)
+            for leaf in self.rows
+        ]
+        return torch.stack(a), torch.stack(b)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LeafSet:
+    """The trainable weights of one adapter, by layer name."""
+
+    leaves: Mapping[str, Leaf]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """A then B of every layer, in the order of the layers."""
+        return list(chain.from_iterable((leaf.A, leaf.B) for leaf in self.leaves.values()))
+
+
+def stacked(sets: Sequence[LeafSet]) -> dict[str, StackedLeaves]:
+    """The deltas of a forward whose rows each have leaves of their own."""
+    names = sorted({name for leaves in sets for name in leaves.leaves})
+    return {name: StackedLeaves([leaves.leaves.get(name) for leaves in sets]) for name in names}
+
+
+class BankLinear(nn.Linear):
+    """`base` with deltas: shares its parameters. x [b,...,i] with b the rows of the current deltas."""
+
+    def __init__(self, base: nn.Linear, name: str, current: Current) -> None:
+        super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
+        self.weight = base.weight
+        self.bias = base.bias
+        self.train(base.training)
+        self.layer_name = name
+        self.current = current
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        delta = self.current.deltas.get(self.layer_name)
+        return y if delta is None else delta.linear(x, y)
+
+
+class BankConv2d(nn.Conv2d):
+    """`base` with deltas: shares its parameters. groups == 1 and zero padding only. x [b,C,H,W]."""
+
+    def __init__(self, base: nn.Conv2d, name: str, current: Current) -> None:
+        super().__init__(
+            base.in_channels,
+            base.out_channels,
+            base.kernel_size,  # type: ignore[arg-type]  # torch types its own attribute wider than its argument
+            base.stride,  # type: ignore[arg-type]
+            base.padding,  # type: ignore[arg-type]
+            base.dilation,  # type: ignore[arg-type]
+            bias=base.bias is not None,
+            device="meta",
+        )
+        self.weight = base.weight
+        self.bias = base.bias
+        self.train(base.training)
+        self.layer_name = name
+        self.current = current
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        delta = self.current.deltas.get(self.layer_name)
+        return y if delta is None else delta.conv(x, y, self)
+
+
+BankLayer = BankLinear | BankConv2d
+
+
+def wrapped(module: nn.Module, name: str, current: Current) -> BankLayer | None:
+    """The bank layer for `module`, None where it is no plain linear or convolution layer."""
+    # Exact types: a subclass may compute something else in its forward.
+    if type(module) is nn.Linear:
+        return BankLinear(module, name, current)
+    if type(module) is nn.Conv2d and module.groups == 1 and module.padding_mode == "zeros":
+        return BankConv2d(module, name, current)
+    return None
+
+
+class LayerSlots:
+    """The slots of one layer: A [slots*max_rank, i or C,kh,kw] and Bt [slots*max_rank, o], zero where unused.
+
+    On the layer's device and of its dtype. Slot 0 is never written.
+    """
+
+    def __init__(self, layer: BankLayer, slots: int, max_rank: int) -> None:
+        weight = layer.weight
+        self.max_rank = max_rank
+        self.A = weight.new_zeros(slots * max_rank, *weight.shape[1:], requires_grad=False)
+        self.Bt = weight.new_zeros(slots * max_rank, weight.shape[0], requires_grad=False)
+        self.ranks: dict[int, int] = {}
+
+    def write(self, slot: int, module: LoraModule, scale: float) -> None:
+        """Puts A and `scale` times B into the slot; nothing of its old content remains. alpha is not used."""
+        rank, begin = module.A.shape[0], slot * self.max_rank
+        self.A[begin : begin + rank].copy_(module.A.reshape(rank, *self.A.shape[1:]))
+        transposed = module.B.reshape(self.Bt.shape[1], rank).t()
+        if scale != 1.0:
+            transposed = transposed.float() * scale
+        self.Bt[begin : begin + rank].copy_(transposed)
+        self._zero(slot, rank)
+        self.ranks[slot] = rank
+
+    def erase(self, slot: int) -> None:
+        self._zero(slot, 0)
+        self.ranks.pop(slot, None)
+
+    def gather(self, index: Tensor, factors: Tensor, rows: int) -> RowDelta:
+        """Packs ranks `index` [b*R] with their `factors` [b*R,1] (float32)."""
+        a = self.A.index_select(0, index)
+        bt = (self.Bt.index_select(0, index).float() * factors).to(self.Bt.dtype)
+        if a.dim() == 2:
+            a = a.reshape(rows, -1, a.shape[1])
+        return RowDelta(a, bt.reshape(rows, -1, bt.shape[1]))
+
+    @property
+    def size_bytes(self) -> int:
+        return self.A.nbytes + self.Bt.nbytes
+
+    def _zero(self, slot: int, begin: int) -> None:
+        """Zeroes what the slot holds from rank `begin` on."""
+        first, last = slot * self.max_rank + begin, slot * self.max_rank + self.ranks.get(slot, 0)
+        if first < last:
+            self.A[first:last].zero_()
+            self.Bt[first:last].zero_()
+
+
+def _row_conv(x: Tensor, a: Tensor, layer: nn.Conv2d, rows: int) -> Tensor:
+    """Every row's own convolution, x [b,C,H,W] with a [b*R,C,kh,kw], as one grouped one -> [b,R,H'*W']."""
+    if layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0):
+        return torch.bmm(a.reshape(rows, -1, a.shape[1]), x.reshape(rows, x.shape[1], -1))
+    packed = x.reshape(1, -1, *x.shape[2:])
+    hidden = F.conv2d(packed, a, None, layer.stride, layer.padding, layer.dilation, groups=rows)
+    return hidden.reshape(rows, a.shape[0] // rows, -1)
+
+
+def _pad_ranks(stacked: Tensor, rank: int) -> Tensor:
+    """[r,...] -> [rank,...], zeros after r."""
+    missing = rank - stacked.shape[0]
+    return F.pad(stacked, (0, 0) * (stacked.dim() - 1) + (0, missing)) if missing else stacked
+
+
+def _checked_rows(x: Tensor, bt: Tensor) -> int:
+    rows = bt.shape[0]
+    if x.shape[0] != rows:
+        raise RuntimeError(f"a forward of {x.shape[0]} rows, but the bank was set for {rows}")
+    return rows
