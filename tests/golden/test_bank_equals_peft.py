@@ -1,0 +1,82 @@
+"""A mixed batch through the bank against PEFT as diffusers drives it, one adapter at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from atelier_server.adapters.bank import SlotBank
+from atelier_server.adapters.format import CanonicalAdapter, write_adapter
+from diffusers import UNet2DConditionModel
+
+from tests.unit.adapters.tiny import ATTENTION, EVERYTHING, Inputs, adapter_for, tiny_unet, wrapped_unet
+
+ROWS = [
+    [],
+    [(1, 1.0)],
+    [(2, 1.0)],
+    [(3, 0.8)],
+    [(1, 0.7), (2, 0.4)],
+    [(2, 0.5), (3, 1.0)],
+    [(1, -1.0)],
+    [(3, 1.0)],
+]
+
+
+def through_peft(adapters: dict[int, CanonicalAdapter], folder: Path) -> UNet2DConditionModel:
+    """A plain U-Net with every adapter loaded by diffusers from our files."""
+    unet = tiny_unet()
+    for slot, adapter in adapters.items():
+        path = folder / f"weights-{slot}.safetensors"
+        write_adapter(adapter, path)
+        unet.load_lora_adapter(
+            str(path.parent), weight_name=path.name, prefix="unet", adapter_name=f"subject{slot}"
+        )
+    return unet
+
+
+# PEFT's note that several adapters share a model: here they are meant to.
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+def test_every_row_of_a_mixed_batch_equals_peft(tmp_path: Path) -> None:
+    unet, bank = wrapped_unet()
+    adapters = {
+        1: adapter_for(bank, rank=4, alpha=4, seed=1),
+        2: adapter_for(bank, rank=16, alpha=8, seed=2, targets=EVERYTHING),
+        3: adapter_for(bank, rank=8, alpha=1, seed=3, targets=(".to_q", ".to_v")),
+    }
+    for slot, adapter in adapters.items():
+        bank.load(slot, adapter)
+    inputs = Inputs()
+    with bank.use(bank.gather(ROWS)):
+        mixed = inputs.run(unet)
+    reference = through_peft(adapters, tmp_path)
+    for number, row in enumerate(ROWS):
+        if row:
+            reference.enable_lora()
+            reference.set_adapters([f"subject{slot}" for slot, _ in row], [weight for _, weight in row])
+        else:
+            reference.disable_lora()
+        assert (mixed[number] - inputs.run(reference, number)[0]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("targets", [ATTENTION, EVERYTHING])
+def test_single_rows_in_bfloat16_are_as_good_as_pefts(targets: tuple[str, ...], tmp_path: Path) -> None:
+    """Both against float32: neither rounds more than the other."""
+    unet, bank = wrapped_unet()
+    adapter = adapter_for(bank, rank=8, alpha=4, seed=1, targets=targets)
+    bank.load(1, adapter)
+    inputs = Inputs(rows=2)
+    with bank.use(bank.gather([[(1, 0.8)]] * 2)):
+        exact = inputs.run(unet)
+    half = tiny_unet().to(torch.bfloat16)
+    bank = SlotBank(slots=1, max_rank=16)
+    bank.wrap(half, "unet")
+    bank.load(1, adapter)
+    peft = through_peft({1: adapter}, tmp_path).to(torch.bfloat16)
+    peft.set_adapters(["subject1"], [0.8])
+    inputs.latents, inputs.prompts = inputs.latents.bfloat16(), inputs.prompts.bfloat16()
+    with bank.use(bank.gather([[(1, 0.8)]] * 2)):
+        ours = (inputs.run(half).float() - exact).square().mean().sqrt()
+    theirs = (inputs.run(peft).float() - exact).square().mean().sqrt()
+    assert ours <= 1.25 * theirs
