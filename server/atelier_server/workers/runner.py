@@ -97,7 +97,7 @@ class TorchRunner:
             row = [(slots[use.checkpoint], use.weight) for use in task.job.adapters]
             rows += [row] * task.rows
         rows += [[]] * (bucket - len(rows))
-        with self.bank.use(self._gather(rows)):
+        with self.bank.use(self.gather(rows)):
             self.denoiser.step(pictures, bucket)
         if self.base.device.type == "cuda":
             torch.cuda.synchronize(self.base.device)
@@ -133,7 +133,7 @@ class TorchRunner:
             self._prompts.popitem(last=False)
         return embeds
 
-    def _gather(self, rows: list[list[tuple[int, float]]]) -> ActiveRows:
+    def gather(self, rows: list[list[tuple[int, float]]]) -> ActiveRows:
         """The bank's rows, gathered anew only when the batch or a slot has changed."""
         key = self.bank.key(rows)
         if self._rows is None or self._rows[0] != key:
@@ -213,7 +213,7 @@ class TorchRunner:
     # ------------------------------------------------------------------------------------------ trainings
     def open_training(self, job: TrainingJob) -> TrainerRun:
         trainer = LoraTrainer(job, base=self.base, denoiser=self.denoiser, bank=self.bank, store=self.store)
-        return TrainerRun(trainer, self.store)
+        return TrainerRun(trainer)
 
     # --------------------------------------------------------------------------------------------- device
     def info(self) -> BaseInfo:
@@ -261,11 +261,8 @@ class TorchRunner:
 class TrainerRun:
     """A trainer as the loop drives it."""
 
-    def __init__(self, trainer: LoraTrainer, store: AdapterStore) -> None:
+    def __init__(self, trainer: LoraTrainer) -> None:
         self._trainer = trainer
-        job = trainer.job
-        record = store.last_checkpoint(job.name, job.version) if job.resume_step else None
-        self._published = _published(record) if record else None
 
     @property
     def step(self) -> int:
@@ -273,18 +270,17 @@ class TrainerRun:
 
     @property
     def published(self) -> Published | None:
-        return self._published
+        record = self._trainer.published
+        return _published(record) if record else None
 
     def prepare(self) -> Iterator[None]:
         return self._trainer.prepare()
 
     def train_step(self) -> StepReport:
-        report = self._trainer.train_step()
-        return StepReport(report.loss, report.learning_rate)
+        return self._trainer.train_step()
 
     def publish(self) -> Published:
-        self._published = _published(self._trainer.publish())
-        return self._published
+        return _published(self._trainer.publish())
 
 
 def _published(record: CheckpointRecord) -> Published:

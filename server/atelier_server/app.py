@@ -1,0 +1,255 @@
+"""The composition root: the only place where things are constructed and wired; signals, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import logging
+import os
+import signal
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+from atelier_server.adapters.store import AdapterStore
+from atelier_server.config import Settings
+from atelier_server.core import Drain, WorkerSettings
+from atelier_server.jobs.book import Book
+from atelier_server.jobs.calls import Calls
+from atelier_server.jobs.dispatch import CannotStart, Dispatcher, WorkerStatus
+from atelier_server.jobs.generations import Generations
+from atelier_server.jobs.training_log import TrainingLog
+from atelier_server.jobs.training_runs import TrainingRuns, count_checkpoints
+from atelier_server.jobs.trainings import Trainings
+from atelier_server.jobs.uploads import Uploads
+from atelier_server.jobs.wardrobe import Wardrobe
+from atelier_server.metrics import Metrics, MetricsServer
+from atelier_server.rpc.health import Health
+from atelier_server.rpc.server import build_server
+from atelier_server.workers.handle import DEFAULT_ARGV, LocalWorker
+
+_log = logging.getLogger(__name__)
+_CHECKPOINT_SECONDS = 30.0  # for trainings to be written to the store when the server goes
+_GRACE_SECONDS = 1.0  # for streams to send their status
+
+
+class StartError(Exception):
+    """The server cannot start; the message is for people."""
+
+
+class DataDirectory:
+    """The server's folder, locked while this process lives."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            # The lock belongs to the process: killed or crashed, the next server starts at once.
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise StartError(f"another server is using the data directory {path}") from None
+
+    def announce(self, **facts: int | None) -> None:
+        """Writes server.json, where tests and tools find the ports and processes."""
+        target = self.path / "server.json"
+        temporary = target.with_suffix(".part")
+        temporary.write_text(json.dumps(facts) + "\n")
+        temporary.replace(target)
+
+    def close(self) -> None:
+        (self.path / "server.json").unlink(missing_ok=True)
+        os.close(self._lock)
+
+
+class Application:
+    """One server. `start`, then `serve` until a drain has ended; `stop` frees everything."""
+
+    def __init__(self, settings: Settings, worker_argv: Sequence[str] = DEFAULT_ARGV) -> None:
+        self._settings = settings
+        self._directory = DataDirectory(settings.data_dir.absolute())
+        root, limits = self._directory.path, settings.limits
+        self.metrics = Metrics()
+        self.status = WorkerStatus()
+        self._health = Health()
+        self.worker = LocalWorker(worker_settings(settings, root), worker_argv)
+        self._store = AdapterStore(root / "adapters")
+        self._uploads = Uploads(root / "uploads")
+        self._book = Book(root / "atelier.db")
+        log = TrainingLog(self._book, root / "trainings")
+        self._log = log
+        send = self.worker.send
+        self.generations = Generations(send, self.metrics, limit=limits.max_queued_generations)
+        self._runs = TrainingRuns(log, self._store, send, self.metrics)
+        self.trainings = Trainings(
+            log,
+            self._runs,
+            self._store,
+            limit=limits.max_queued_trainings,
+            step_seconds=lambda: self.status.train_step_seconds,
+        )
+        calls = Calls(send)
+        wardrobe = Wardrobe(
+            self._store,
+            calls=calls,
+            generations=self.generations,
+            trainings=self.trainings,
+            uploads=self._uploads,
+            metrics=self.metrics,
+            resident=self.status.resident,
+        )
+        self._dispatcher = Dispatcher(
+            self.worker,
+            self.status,
+            generations=self.generations,
+            runs=self._runs,
+            calls=calls,
+            metrics=self.metrics,
+            changed=self._worker_changed,
+        )
+        self._server = build_server(
+            generations=self.generations,
+            trainings=self.trainings,
+            wardrobe=wardrobe,
+            status=self.status,
+            limits=limits,
+            metrics=self.metrics,
+            health=self._health,
+        )
+        self._metrics_server: MetricsServer | None = None
+        self._dispatching: asyncio.Task[None] | None = None
+        self._leave = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self.port = 0
+        self.metrics_port = 0
+
+    # -------------------------------------------------------------------------------------------- start
+    async def start(self) -> None:
+        """Listens, and starts the worker. Raises StartError."""
+        settings = self._settings
+        await self._health.set_ready(False)
+        await asyncio.to_thread(self._uploads.sweep)
+        await asyncio.to_thread(self._store.sweep)
+        await self.trainings.sweep()
+        self.metrics.stored_checkpoints(await asyncio.to_thread(count_checkpoints, self._store))
+        try:
+            self.port = self._server.add_insecure_port(address(settings.host, settings.port))
+        except RuntimeError as error:
+            raise StartError(f"cannot listen on {address(settings.host, settings.port)}") from error
+        if settings.metrics_port >= 0:
+            try:
+                self._metrics_server = MetricsServer(self.metrics, settings.host, settings.metrics_port)
+            except OSError as error:
+                where = address(settings.host, settings.metrics_port)
+                raise StartError(f"cannot serve metrics on {where}: {error.strerror}") from error
+            self.metrics_port = self._metrics_server.port
+        await self._runs.start()
+        await self._server.start()
+        self._announce()
+        self._dispatching = asyncio.create_task(self._dispatcher.run(), name="dispatch")
+
+    async def _worker_changed(self) -> None:
+        await self._health.set_ready(self.status.ready)
+        self._announce()
+
+    def _announce(self) -> None:
+        self._directory.announce(
+            port=self.port, metrics_port=self.metrics_port, pid=os.getpid(), worker_pid=self.worker.pid
+        )
+
+    # --------------------------------------------------------------------------------------------- serve
+    def leave(self) -> None:
+        """Asks for a drain; asked again, for a fast one."""
+        (self._hurry if self._leave.is_set() else self._leave).set()
+
+    async def serve(self) -> None:
+        """Until `leave`; then drains. Raises StartError if no worker can be started."""
+        if self._dispatching is None:
+            raise RuntimeError("start first")
+        leaving = asyncio.create_task(self._leave.wait())
+        await asyncio.wait((leaving, self._dispatching), return_when=asyncio.FIRST_COMPLETED)
+        leaving.cancel()
+        if self._dispatching.done() and (error := self._dispatching.exception()) is not None:
+            if isinstance(error, CannotStart):
+                raise StartError(f"the worker cannot start: {error}") from None
+            raise error
+        await self._drain()
+
+    async def _drain(self) -> None:
+        """Pictures in work are finished, trainings are checkpointed; then the worker goes."""
+        _log.info("draining: %d generations, %d trainings", self.generations.count, self._runs.count)
+        await self._health.drain()
+        self.trainings.draining = True
+        self.generations.drain_waiting()
+        await self._unless_hurried(self.generations.idle.wait(), self._settings.drain_seconds)
+        # From here on the worker's end is no crash.
+        self._dispatcher.draining = True
+        self.generations.drain_all()
+        if self.status.ready:
+            self.worker.send(Drain())
+            await self._unless_hurried(self._dispatcher.ended.wait(), _CHECKPOINT_SECONDS)
+        # What the worker still said is written down before its readers are sent away.
+        await self._runs.stop()
+        self._log.drain()
+        _log.info("drained")
+
+    async def _unless_hurried(self, condition: Coroutine[Any, Any, Any], seconds: float) -> None:
+        """Waits for `condition`, at most `seconds`, or until somebody asks a second time to leave."""
+        tasks = (asyncio.create_task(condition), asyncio.create_task(self._hurry.wait()))
+        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # --------------------------------------------------------------------------------------------- stop
+    async def stop(self) -> None:
+        """Frees everything, in whatever state it is; trainings stay as they are written."""
+        self._dispatcher.draining = True
+        if self._dispatching is not None:
+            self._dispatching.cancel()
+            await asyncio.gather(self._dispatching, return_exceptions=True)
+        self.worker.kill()
+        await self.worker.stop()
+        await self._runs.stop()
+        self._log.drain()
+        await self._server.stop(_GRACE_SECONDS)
+        if self._metrics_server is not None:
+            await asyncio.to_thread(self._metrics_server.stop)
+        self._book.close()
+        self._directory.close()
+
+
+def worker_settings(settings: Settings, data_dir: Path) -> WorkerSettings:
+    return WorkerSettings(
+        model=settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        data_dir=str(data_dir),
+        slots=settings.slots,
+        threads=settings.threads,
+        max_lora_rank=settings.limits.max_lora_rank,
+        max_adapters_per_image=settings.limits.max_adapters_per_image,
+    )
+
+
+def address(host: str, port: int) -> str:
+    """HOST:PORT, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+async def run(settings: Settings, worker_argv: Sequence[str] = DEFAULT_ARGV) -> None:
+    """One server from start to drain. Raises StartError."""
+    application = Application(settings, worker_argv)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, application.leave)
+    try:
+        await application.start()
+        metrics = address(settings.host, application.metrics_port) if application.metrics_port else "off"
+        where = address(settings.host, application.port)
+        print(f"atelier listening on {where} (metrics on {metrics})", flush=True)
+        await application.serve()
+    finally:
+        await application.stop()

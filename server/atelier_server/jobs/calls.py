@@ -1,0 +1,68 @@
+"""Calls to the worker that have one answer: loading, unloading, importing and exporting adapters."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable
+from typing import TypeVar
+
+from atelier_server.core import (
+    AdapterExported,
+    AdapterImported,
+    AdapterLoaded,
+    AdaptersUnloaded,
+    CallFailed,
+    Command,
+)
+from atelier_server.errors import AtelierError, WorkerLost, WorkerNotReady, by_reason
+
+Answer = AdapterLoaded | AdaptersUnloaded | AdapterImported | AdapterExported
+A = TypeVar("A", AdapterLoaded, AdaptersUnloaded, AdapterImported, AdapterExported)
+
+
+class Calls:
+    """Matches answers to calls. `send` hands a command to the worker; it never blocks."""
+
+    def __init__(self, send: Callable[[Command], None]) -> None:
+        self._send = send
+        self._waiting: dict[str, asyncio.Future[Answer]] = {}
+        self._ready = False
+
+    @property
+    def ready(self) -> bool:
+        return self._ready
+
+    async def call(self, command: Callable[[str], Command], answer: type[A]) -> A:
+        """Sends `command(call_id)`. Raises what the worker says, WorkerNotReady, WorkerLost."""
+        if not self._ready:
+            raise WorkerNotReady("the worker is not ready")
+        call_id = uuid.uuid4().hex
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._waiting[call_id] = future
+        try:
+            self._send(command(call_id))
+            result = await future
+        finally:
+            self._waiting.pop(call_id, None)
+        if not isinstance(result, answer):
+            raise AtelierError("the worker gave an answer to another question")
+        return result
+
+    def handle(self, event: Answer | CallFailed) -> None:
+        future = self._waiting.get(event.call_id)
+        if future is None or future.done():
+            return  # the caller has gone
+        if isinstance(event, CallFailed):
+            future.set_exception(by_reason(event.reason, event.message, dict(event.metadata)))
+        else:
+            future.set_result(event)
+
+    def worker_ready(self) -> None:
+        self._ready = True
+
+    def worker_lost(self) -> None:
+        self._ready = False
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(WorkerLost("the worker died while it worked on this call"))

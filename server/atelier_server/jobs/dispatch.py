@@ -1,0 +1,186 @@
+"""Between the worker and the rooms of the book: keeps one worker alive and hands its events round."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from atelier_server.core import (
+    AdapterExported,
+    AdapterImported,
+    AdapterLoaded,
+    AdaptersUnloaded,
+    BaseInfo,
+    CallFailed,
+    CheckpointId,
+    CheckpointPublished,
+    Event,
+    GenerationCompleted,
+    Heartbeat,
+    ImageReady,
+    JobCancelled,
+    JobFailed,
+    Progress,
+    Queued,
+    Sample,
+    SampleReady,
+    TrainingCompleted,
+    TrainingProgress,
+    TrainingStarted,
+    TrainingWarning,
+    WorkerFailed,
+    WorkerLost,
+    WorkerReady,
+)
+from atelier_server.errors import WorkerNotReady
+from atelier_server.jobs.calls import Calls
+from atelier_server.jobs.generations import Generations
+from atelier_server.jobs.training_runs import TrainingRuns
+from atelier_server.metrics import Metrics
+from atelier_server.workers.handle import WorkerHandle
+
+_log = logging.getLogger(__name__)
+_FIRST_PAUSE = 0.1
+_LONGEST_PAUSE = 10.0
+_FIRST_STARTS = 3
+
+
+class CannotStart(Exception):
+    """No worker has ever been ready, and none will be; the message says why."""
+
+
+@dataclass(slots=True)
+class WorkerStatus:
+    """What is known of the worker. `base` stays when the worker is lost: the next has the same."""
+
+    ready: bool = False
+    message: str = "the worker is starting"
+    base: BaseInfo | None = None
+    slots: int = 0
+    restarts: int = 0
+    heartbeat: Heartbeat | None = None
+    train_step_seconds: float = 0.0
+
+    def known_base(self) -> BaseInfo:
+        """Raises WorkerNotReady until a worker has told its base model."""
+        if self.base is None:
+            raise WorkerNotReady(self.message)
+        return self.base
+
+    def resident(self) -> frozenset[CheckpointId]:
+        return frozenset(self.heartbeat.resident) if self.heartbeat else frozenset()
+
+
+class Dispatcher:
+    """`changed` is awaited whenever readiness or the worker's process changes."""
+
+    def __init__(
+        self,
+        worker: WorkerHandle,
+        status: WorkerStatus,
+        *,
+        generations: Generations,
+        runs: TrainingRuns,
+        calls: Calls,
+        metrics: Metrics,
+        changed: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._worker = worker
+        self._status = status
+        self._generations = generations
+        self._runs = runs
+        self._calls = calls
+        self._metrics = metrics
+        self._changed = changed
+        self.draining = False
+        self.ended = asyncio.Event()
+
+    async def run(self) -> None:
+        """Keeps a worker until the drain. Raises CannotStart if the first never gets ready."""
+        failures = 0
+        while True:
+            try:
+                await self._worker.start()
+            except OSError as error:
+                self._status.message = f"the worker cannot be started: {error}"
+                _log.error("%s", self._status.message)
+            else:
+                await self._changed()
+                failures = 0 if await self._follow() else failures + 1
+            if self.draining:
+                break
+            if self._status.base is None and failures >= _FIRST_STARTS:
+                raise CannotStart(f"the worker died {failures} times before it was ready")
+            pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2**failures)
+            _log.warning("the worker is started again in %.1f s", pause)
+            await asyncio.sleep(pause)
+            self._status.restarts += 1
+        self.ended.set()
+
+    async def _follow(self) -> bool:
+        """Hands round what one worker says until it is lost; whether it has been ready."""
+        was_ready = False
+        async for event in self._worker.events():
+            match event:
+                case WorkerReady():
+                    was_ready = True
+                    await self._ready(event)
+                case WorkerLost():
+                    await self._gone(event)
+                case WorkerFailed():
+                    self._status.message = event.message
+                    _log.error("the worker cannot start: %s: %s", event.reason, event.message)
+                    if self._status.base is None:
+                        raise CannotStart(f"{event.reason}: {event.message}")
+                case _:
+                    self._route(event)
+        return was_ready
+
+    async def _ready(self, event: WorkerReady) -> None:
+        status = self._status
+        status.ready, status.message = True, ""
+        status.base, status.slots = event.base, event.slots
+        _log.info("the worker is ready: %s on %s", event.base.reference, event.base.device)
+        self._calls.worker_ready()
+        self._generations.worker_ready()
+        self._runs.worker_ready()
+        await self._changed()
+
+    async def _gone(self, event: WorkerLost) -> None:
+        self._status.ready, self._status.heartbeat = False, None
+        self._calls.worker_lost()
+        if self.draining:
+            # It has done as it was told. Its trainings stay as written; the next server goes on with them.
+            self._status.message = "the server is going away"
+        else:
+            self._status.message = "the worker was lost and is being started again"
+            _log.error("the worker was lost (exit code %s)", event.exit_code)
+            self._metrics.worker_lost(event.exit_code)
+            self._runs.worker_lost(blameless=self._generations.worker_lost())
+        await self._changed()
+
+    def _route(self, event: Event) -> None:
+        match event:
+            case Queued() | Progress() | ImageReady() | GenerationCompleted() | JobCancelled():
+                self._generations.handle(event)
+            case JobFailed():
+                room = self._generations if self._generations.knows(event.job_id) else self._runs
+                room.handle(event)
+            case TrainingStarted() | TrainingProgress() | CheckpointPublished():
+                self._runs.handle(event)
+            case SampleReady() | TrainingWarning() | TrainingCompleted():
+                self._runs.handle(event)
+            case AdapterLoaded() | AdaptersUnloaded() | AdapterImported() | AdapterExported() | CallFailed():
+                self._calls.handle(event)
+            case Heartbeat():
+                self._status.heartbeat = event
+                if self._status.base is not None:
+                    self._metrics.heartbeat(event, self._status.base)
+            case Sample():
+                if event.metric == "train_step_seconds":
+                    self._status.train_step_seconds = event.value
+                self._metrics.observe(event)
+            case _:
+                _log.error("nobody knows what to do with %s", type(event).__name__)

@@ -1,0 +1,101 @@
+"""The event log of trainings, live: write first, then publish; readers follow the log itself.
+
+A reader holds nothing but the number of its last event, so a slow one costs no memory, loses nothing and
+blocks nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+from atelier_server.core import State
+from atelier_server.errors import ServerDraining, TrainingNotFound, by_reason
+from atelier_server.jobs.book import Book
+from atelier_server.jobs.records import Completed, LoggedEvent, Payload, Sampled
+
+_PAGE = 100
+
+
+class TrainingLog:
+    """Appends to the book, wakes the readers. `folder` holds one folder a training for its pictures."""
+
+    def __init__(self, book: Book, folder: Path) -> None:
+        self.book = book
+        self._folder = folder
+        self._bells: dict[str, asyncio.Event] = {}
+        self._draining = False
+
+    def folder(self, training: str) -> Path:
+        return self._folder / training
+
+    async def append(self, training: str, payload: Payload, **changes: Any) -> None:
+        """Writes the event and the changes of the training's record at once, then wakes its readers."""
+        await self.book.do(self.book.append, training, payload, **changes)
+        self.ring(training)
+
+    def ring(self, training: str) -> None:
+        """Makes the readers of a training look again."""
+        if bell := self._bells.pop(training, None):
+            bell.set()
+
+    async def watch(self, training: str, after_seq: int) -> AsyncGenerator[LoggedEvent, None]:
+        """Every event after `after_seq`, then those to come, until the training has ended.
+
+        Raises what the training failed with; TrainingNotFound if it is unknown or has been deleted;
+        ServerDraining when the server goes.
+        """
+        while True:
+            # The bell is taken before the log is read: what is appended in between rings it.
+            bell = self._bells.setdefault(training, asyncio.Event())
+            events = await self.book.do(self.book.events, training, after_seq, _PAGE)
+            for event in events:
+                yield event
+                after_seq = event.seq
+            if events and not (len(events) < _PAGE and isinstance(events[-1].payload, Completed)):
+                continue
+            record = await self.book.do(self.book.training, training)
+            if record is None:
+                raise TrainingNotFound(f"there is no training {training!r}", name=training)
+            if record.state.ended and record.last_seq <= after_seq:
+                if record.state is State.FAILED:
+                    raise by_reason(record.reason, record.message, dict(record.metadata))
+                return
+            if record.last_seq > after_seq:
+                continue
+            if self._draining:
+                raise ServerDraining("the server is going away; the training goes on when it is back")
+            await bell.wait()
+
+    def drain(self) -> None:
+        """Ends every reader once it has what is written."""
+        self._draining = True
+        for training in list(self._bells):
+            self.ring(training)
+
+    # ----------------------------------------------------------------------------------------- pictures
+    async def keep_sample(self, training: str, step: int, index: int, mime_type: str, data: bytes) -> str:
+        """Writes a sample picture; returns the name of its file."""
+        name = f"{step:06d}-{index}.{mime_type.rpartition('/')[2]}"
+        await asyncio.to_thread(_write, self.folder(training) / "samples" / name, data)
+        return name
+
+    async def sample(self, training: str, payload: Sampled) -> bytes:
+        """The bytes of a sample picture; empty if the file has gone."""
+        return await asyncio.to_thread(_read, self.folder(training) / "samples" / payload.file)
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    temporary.write_bytes(data)
+    temporary.rename(path)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""

@@ -1,0 +1,373 @@
+"""Trainings that have not ended: they are submitted, their events are written, crashes are survived.
+
+Everything that touches a training's record goes through one lane, in the order in which it happened:
+worker events, losses of the worker, and the calls of users.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+from atelier_server.adapters.store import AdapterStore, CheckpointRecord
+from atelier_server.core import (
+    Cancel,
+    CheckpointPublished,
+    Command,
+    JobFailed,
+    SampleReady,
+    State,
+    Submit,
+    TrainingCompleted,
+    TrainingImage,
+    TrainingJob,
+    TrainingProgress,
+    TrainingStarted,
+    TrainingWarning,
+)
+from atelier_server.errors import AdapterNotFound, AtelierError, CrashLoop, StorageFull
+from atelier_server.jobs.records import (
+    Checkpointed,
+    Completed,
+    Progressed,
+    Restarted,
+    Sampled,
+    TrainingRecord,
+    Warned,
+)
+from atelier_server.jobs.training_log import TrainingLog
+from atelier_server.metrics import Metrics
+
+TrainingEvent = (
+    TrainingStarted
+    | TrainingProgress
+    | CheckpointPublished
+    | SampleReady
+    | TrainingWarning
+    | TrainingCompleted
+    | JobFailed
+)
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+_PROGRESS_SECONDS = 0.25  # at most four progress events a second and training
+_CRASHES = 3
+_RETRY_SECONDS = 1.0
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """What the front knows of a training beyond its record. `step` is the last the worker told."""
+
+    id: str
+    adapter: str
+    version: int
+    step: int = 0
+    submitted: bool = False
+    started: bool = False
+    held: TrainingProgress | None = None
+    timer: asyncio.TimerHandle | None = None
+    shown_at: float = -math.inf
+    checkpoints: set[int] = field(default_factory=set)
+
+
+class TrainingRuns:
+    """`send` hands a command to the worker; it never blocks."""
+
+    def __init__(
+        self, log: TrainingLog, store: AdapterStore, send: Callable[[Command], None], metrics: Metrics
+    ) -> None:
+        self._log = log
+        self._book = log.book
+        self._store = store
+        self._send = send
+        self._metrics = metrics
+        self._runs: dict[str, Run] = {}
+        self._lane: asyncio.Queue[Callable[[], Awaitable[None]] | None] = asyncio.Queue()
+        self._ready = False
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Takes up what a former server left unfinished."""
+        await self._book.do(self._book.interrupt_running, "SERVER_RESTARTED")
+        for record in await self._book.do(self._book.unfinished):
+            self._runs[record.id] = Run(record.id, record.adapter, record.version, record.step)
+        await self._count()
+        self._task = asyncio.create_task(self._drive(), name="training-lane")
+
+    async def stop(self) -> None:
+        """Writes down what has come, then ends. Idempotent."""
+        for run in self._runs.values():
+            self._flush(run)
+        if self._task is not None:
+            self._lane.put_nowait(None)
+            await self._task
+            self._task = None
+
+    def knows(self, training: str) -> bool:
+        return training in self._runs
+
+    def writes(self, adapter: str, version: int | None) -> bool:
+        """Whether an unfinished training writes that adapter, or that version of it."""
+        return any(r.adapter == adapter and version in (None, r.version) for r in self._runs.values())
+
+    @property
+    def count(self) -> int:
+        return len(self._runs)
+
+    # ------------------------------------------------------------------------------------------- inputs
+    def handle(self, event: TrainingEvent) -> None:
+        """An event of the worker."""
+        run = self._runs.get(event.job_id)
+        if run is None:
+            return
+        if isinstance(event, TrainingProgress):
+            run.step = event.step
+            self._coalesce(run, event)
+            return
+        if isinstance(event, TrainingStarted):
+            run.started, run.step = True, event.from_step
+        self._flush(run)
+        self._lane.put_nowait(partial(self._write, run, event))
+
+    def worker_ready(self) -> None:
+        self._lane.put_nowait(self._submit_all)
+
+    def worker_lost(self, blameless: bool) -> None:
+        """`blameless`: a generation on its last try is known to have been at work; nobody is counted."""
+        for run in self._runs.values():
+            self._flush(run)
+        self._lane.put_nowait(partial(self._interrupted, blameless))
+
+    async def add(self, record: TrainingRecord) -> None:
+        """A training that has just been written down or queued again."""
+        run = Run(record.id, record.adapter, record.version, record.step)
+        self._runs[run.id] = run
+        await self._count()
+        if self._ready:
+            await self._submit(run)
+
+    async def cancel(self, training: str) -> None:
+        """Call in the lane. A training that no worker has is ended here."""
+        await self._book.do(self._book.update, training, cancel_requested=True)
+        run = self._runs[training]
+        if run.submitted:
+            self._send(Cancel(training))
+        else:
+            await self._end(run, State.CANCELLED)
+
+    async def in_lane(self, function: Callable[[], Awaitable[T]]) -> T:
+        """Runs `function` when everything that came before it is done."""
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+
+        async def run() -> None:
+            try:
+                result = await function()
+            except Exception as error:
+                if not answer.cancelled():
+                    answer.set_exception(error)
+            else:
+                if not answer.cancelled():
+                    answer.set_result(result)
+
+        self._lane.put_nowait(run)
+        return await answer
+
+    # ----------------------------------------------------------------------------------------- the lane
+    async def _drive(self) -> None:
+        while (item := await self._lane.get()) is not None:
+            try:
+                await self._persist(item)
+            except Exception:
+                _log.exception("an event of a training could not be written")
+
+    async def _persist(self, item: Callable[[], Awaitable[None]]) -> None:
+        """A full disk stops the log, it does not tear it: the event is written when there is space."""
+        for attempt in range(60):
+            try:
+                return await item()
+            except (StorageFull, OSError) as error:
+                _log.error("the book of trainings cannot be written (try %d): %s", attempt + 1, error)
+                await asyncio.sleep(_RETRY_SECONDS)
+        return None
+
+    def _coalesce(self, run: Run, event: TrainingProgress) -> None:
+        loop = asyncio.get_running_loop()
+        run.held = event
+        wait = run.shown_at + _PROGRESS_SECONDS - loop.time()
+        if wait <= 0:
+            self._flush(run)
+        elif run.timer is None:
+            run.timer = loop.call_later(wait, self._flush, run)
+
+    def _flush(self, run: Run) -> None:
+        """Sends the progress that was held back on its way."""
+        if run.timer is not None:
+            run.timer.cancel()
+            run.timer = None
+        if run.held is not None:
+            self._lane.put_nowait(partial(self._write, run, run.held))
+            run.held = None
+            run.shown_at = asyncio.get_running_loop().time()
+
+    async def _write(self, run: Run, event: TrainingEvent) -> None:
+        match event:
+            case TrainingStarted():
+                await self._begin(run)
+            case TrainingProgress():
+                payload = Progressed(
+                    event.step, event.max_train_steps, event.loss, event.learning_rate, event.seconds_left
+                )
+                loss = None if math.isnan(event.loss) else event.loss
+                await self._log.append(run.id, payload, step=event.step, loss=loss)
+            case CheckpointPublished():
+                await self._checkpoint(run, event.checkpoint.step, event.sha256, event.size_bytes, event.loss)
+            case SampleReady():
+                file = await self._log.keep_sample(
+                    run.id, event.step, event.index, event.mime_type, event.data
+                )
+                sample = Sampled(event.step, event.index, event.prompt, event.seed, event.mime_type, file)
+                await self._log.append(run.id, sample)
+            case TrainingWarning():
+                await self._log.append(run.id, Warned(event.reason, event.message))
+            case TrainingCompleted():
+                run.step = event.step
+                await self._end(run, event.state, seconds=event.seconds)
+            case JobFailed():
+                error = (event.reason, event.message, event.metadata)
+                await self._end(run, State.FAILED, error=error)
+
+    async def _begin(self, run: Run) -> None:
+        record = await self._book.do(self._book.training, run.id)
+        if record is not None and record.last_seq == 1:
+            self._metrics.work_began("train", max(0.0, time.time() - record.create_time))
+        await self._book.do(self._book.update, run.id, state=State.RUNNING)
+        await self._count()
+
+    async def _checkpoint(self, run: Run, step: int, sha256: str, size_bytes: int, loss: float) -> None:
+        if step in run.checkpoints:
+            return
+        payload = Checkpointed(step, f"{run.adapter}@{step}", sha256, size_bytes, loss)
+        await self._log.append(run.id, payload, step=step)
+        run.checkpoints.add(step)
+
+    async def _end(
+        self,
+        run: Run,
+        state: State,
+        *,
+        seconds: float | None = None,
+        error: tuple[str, str, tuple[tuple[str, str], ...]] = ("", "", ()),
+    ) -> None:
+        await self._reconcile(run)
+        record = await self._book.do(self._book.training, run.id)
+        last = await asyncio.to_thread(self._store.last_checkpoint, run.adapter, run.version)
+        now = time.time()
+        if seconds is None:
+            seconds = max(0.0, now - record.create_time) if record else 0.0
+        reason, message, metadata = error
+        adapter = str(last.id) if last else ""
+        payload = Completed(state, run.step, adapter, seconds, reason, message, metadata)
+        changes = {"reason": reason, "message": message, "metadata": dict(metadata)}
+        await self._log.append(
+            run.id, payload, state=state, step=run.step, end_time=now, interruption="", **changes
+        )
+        self._runs.pop(run.id, None)
+        await self._count()
+        self._metrics.stored_checkpoints(await asyncio.to_thread(count_checkpoints, self._store))
+
+    # ----------------------------------------------------------------------------- submission and crashes
+    async def _submit_all(self) -> None:
+        self._ready = True
+        for run in list(self._runs.values()):
+            if not run.submitted:
+                try:
+                    await self._submit(run)
+                except AtelierError as error:
+                    await self._end(run, State.FAILED, error=(error.reason, error.message, ()))
+
+    async def _submit(self, run: Run) -> None:
+        record = await self._book.do(self._book.training, run.id)
+        if record is None:
+            self._runs.pop(run.id, None)
+            return
+        await self._reconcile(run)
+        last = await asyncio.to_thread(self._store.last_checkpoint, run.adapter, run.version)
+        run.step = last.id.step if last else 0
+        if record.cancel_requested:
+            await self._end(run, State.CANCELLED)
+            return
+        if record.interruption:
+            restarted = Restarted(run.step, record.interruption)
+            await self._log.append(run.id, restarted, step=run.step, interruption="")
+        images = self._log.folder(run.id) / "images"
+        sampled = await self._book.do(self._book.events_of, run.id, "sample")
+        job = TrainingJob(
+            id=run.id,
+            name=run.adapter,
+            version=run.version,
+            recipe=record.recipe,
+            images=tuple(TrainingImage(str(images / p.file), p.caption) for p in record.images),
+            resume_step=run.step,
+            sampled=frozenset(
+                (e.payload.step, e.payload.index) for e in sampled if isinstance(e.payload, Sampled)
+            ),
+        )
+        run.submitted = True
+        self._send(Submit(job))
+
+    async def _reconcile(self, run: Run) -> None:
+        """Checkpoints that reached the store while their event was lost on the way are written first."""
+        logged = await self._book.do(self._book.events_of, run.id, "checkpoint")
+        run.checkpoints = {e.payload.step for e in logged if isinstance(e.payload, Checkpointed)}
+        for kept in await asyncio.to_thread(_checkpoints_of, self._store, run.adapter, run.version):
+            loss = math.nan if kept.loss is None else kept.loss
+            await self._checkpoint(run, kept.id.step, kept.sha256, kept.size_bytes, loss)
+
+    async def _interrupted(self, blameless: bool) -> None:
+        """The worker has gone. Blamed are the trainings that ran, or the one that was being prepared."""
+        self._ready = False
+        lost = [run for run in self._runs.values() if run.submitted]
+        running = [run for run in lost if run.started]
+        blamed = [] if blameless else running or lost[:1]
+        for run in lost:
+            run.submitted = False
+            record = await self._book.do(self._book.training, run.id)
+            if record is None:
+                continue
+            count = record.crash_count
+            if run in blamed:
+                count = count + 1 if record.crash_step == run.step else 1
+                await self._book.do(self._book.update, run.id, crash_step=run.step, crash_count=count)
+            if run in blamed and count >= _CRASHES:
+                message = f"the worker died {count} times at step {run.step} of {run.id}"
+                await self._end(
+                    run, State.FAILED, error=(CrashLoop.reason, message, (("step", str(run.step)),))
+                )
+                continue
+            reason = "WORKER_LOST" if run.started else record.interruption
+            await self._book.do(self._book.update, run.id, state=State.QUEUED, interruption=reason)
+            run.started = False
+        await self._count()
+
+    async def _count(self) -> None:
+        counts = await self._book.do(self._book.count_states)
+        self._metrics.training_states(counts)
+        self._metrics.queue_depth("train", counts.get(State.QUEUED, 0))
+
+
+def count_checkpoints(store: AdapterStore) -> int:
+    """How many checkpoints the store holds."""
+    return sum(len(version.checkpoints) for version in store.versions())
+
+
+def _checkpoints_of(store: AdapterStore, name: str, version: int) -> tuple[CheckpointRecord, ...]:
+    try:
+        return store.version(name, version).checkpoints
+    except AdapterNotFound:
+        return ()  # deleted by hand: the training starts again from nothing, or the worker refuses it

@@ -1,0 +1,246 @@
+"""Trainings as users see them: accepted, watched, listed, cancelled, resumed, deleted."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import shutil
+import string
+import time
+from collections.abc import AsyncGenerator, Callable
+
+from atelier_server.adapters.store import AdapterStore
+from atelier_server.core import BaseInfo, State
+from atelier_server.errors import (
+    AdapterExists,
+    FailedPrecondition,
+    QueueFull,
+    RequestIdReused,
+    ServerDraining,
+    TrainingEnded,
+    TrainingNotEnded,
+    TrainingNotFound,
+)
+from atelier_server.jobs.records import Accepted, LoggedEvent, TrainingDraft, TrainingRecord
+from atelier_server.jobs.training_log import TrainingLog
+from atelier_server.jobs.training_runs import TrainingRuns
+from atelier_server.jobs.uploads import PictureUpload
+
+_ID_LETTERS = string.ascii_lowercase + string.digits
+
+
+class Trainings:
+    """`step_seconds` tells the duration of the last observed training step, 0 if there was none."""
+
+    def __init__(
+        self,
+        log: TrainingLog,
+        runs: TrainingRuns,
+        store: AdapterStore,
+        *,
+        limit: int,
+        step_seconds: Callable[[], float],
+    ) -> None:
+        self._log = log
+        self._book = log.book
+        self._runs = runs
+        self._store = store
+        self._limit = limit
+        self._step_seconds = step_seconds
+        self.draining = False
+
+    # ------------------------------------------------------------------------------------------- create
+    async def check(self, draft: TrainingDraft) -> TrainingRecord | None:
+        """Before the pictures are read: the training that this request_id already has, if any.
+
+        Raises RequestIdReused, AdapterExists, QueueFull, ServerDraining.
+        """
+        known = await self._book.do(self._book.requested, draft.request_id)
+        if known is not None:
+            if known.recipe_hash != draft.recipe_hash:
+                raise _reused(draft.request_id)
+            return known
+        if self.draining:
+            raise ServerDraining("the server is going away")
+        if self._runs.count >= self._limit:
+            raise QueueFull(f"{self._limit} trainings are waiting or running")
+        if not draft.new_version and await asyncio.to_thread(self._taken, draft.name):
+            raise AdapterExists(f"adapter {draft.name!r} exists; set new_version to go on", name=draft.name)
+        return None
+
+    def same_pictures(self, known: TrainingRecord, upload: PictureUpload) -> None:
+        """A repeat that sends its pictures must send the same. Raises RequestIdReused."""
+        if upload.pictures and upload.images_hash != known.images_hash:
+            raise _reused(known.request_id)
+
+    async def accept(self, draft: TrainingDraft, upload: PictureUpload, base: BaseInfo) -> TrainingRecord:
+        """Writes the training down; from here on it survives anything. Its pictures are moved to it."""
+        # Shielded: a client that leaves now has a whole training or none, and nothing half made.
+        return await asyncio.shield(self._runs.in_lane(lambda: self._accept(draft, upload, base)))
+
+    async def _accept(self, draft: TrainingDraft, upload: PictureUpload, base: BaseInfo) -> TrainingRecord:
+        # The same request may have come twice at once: the first to get here wins.
+        if (known := await self.check(draft)) is not None:
+            self.same_pictures(known, upload)
+            return known
+        training = await self._free_id(draft.name)
+        meta = await asyncio.to_thread(
+            self._store.create_version,
+            name=draft.name,
+            trigger=draft.recipe.instance_prompt,
+            base_model=base.reference,
+            base_sha256=base.sha256,
+            training=training,
+            new_version=draft.new_version,
+        )
+        record = TrainingRecord(
+            id=training,
+            request_id=draft.request_id,
+            recipe_hash=draft.recipe_hash,
+            images_hash=upload.images_hash,
+            adapter=draft.name,
+            version=meta.version,
+            new_version=draft.new_version,
+            recipe=draft.recipe,
+            images=upload.pictures,
+            create_time=time.time(),
+        )
+        seconds = draft.recipe.max_train_steps * self._step_seconds()
+        accepted = Accepted(draft.name, meta.version, seconds, estimated_bytes(record, base))
+        try:
+            await upload.move_to(self._log.folder(training) / "images")
+            record = await self._book.do(self._book.insert, record, accepted)
+        except BaseException:
+            await asyncio.to_thread(self._store.delete, draft.name, meta.version)
+            await asyncio.to_thread(shutil.rmtree, self._log.folder(training), ignore_errors=True)
+            raise
+        await self._runs.add(record)
+        return record
+
+    async def sweep(self) -> None:
+        """Removes versions that a server made for a training which it did not live to write down."""
+        for version in await asyncio.to_thread(self._store.versions):
+            training = version.meta.training
+            if training and not version.checkpoints:
+                known = await self._book.do(self._book.training, training)
+                owner = await self._book.do(self._book.latest, version.meta.name)
+                if known is None and owner is None:
+                    await asyncio.to_thread(self._store.delete, version.meta.name, version.meta.version)
+
+    # --------------------------------------------------------------------------------------------- read
+    async def find(self, name: str) -> TrainingRecord:
+        """By id, or by an adapter's name meaning its latest training. Raises TrainingNotFound."""
+        record = await self._book.do(self._book.training, name)
+        record = record or await self._book.do(self._book.latest, name)
+        if record is None:
+            raise TrainingNotFound(f"there is no training {name[:100]!r}", name=name[:100])
+        return record
+
+    async def page(self, before: int | None, size: int) -> list[TrainingRecord]:
+        """Newest first, with numbers below `before`."""
+        return await self._book.do(self._book.page, before, size)
+
+    def watch(self, training: str, after_seq: int) -> AsyncGenerator[LoggedEvent, None]:
+        """See TrainingLog.watch."""
+        return self._log.watch(training, after_seq)
+
+    @property
+    def log(self) -> TrainingLog:
+        return self._log
+
+    def writes(self, adapter: str, version: int | None) -> bool:
+        """Whether an unfinished training writes that adapter, or that version of it."""
+        return self._runs.writes(adapter, version)
+
+    # ------------------------------------------------------------------------------------------- change
+    async def cancel(self, name: str) -> TrainingRecord:
+        """Asks it to stop at its next step. Raises TrainingNotFound, TrainingEnded."""
+
+        async def cancel() -> TrainingRecord:
+            record = await self.find(name)
+            if record.state is State.CANCELLED:
+                return record
+            if record.state.ended:
+                raise TrainingEnded(f"training {record.id} has {record.state.value}")
+            await self._runs.cancel(record.id)
+            return await self.find(record.id)
+
+        return await asyncio.shield(self._runs.in_lane(cancel))
+
+    async def resume(self, name: str) -> TrainingRecord:
+        """Queues a cancelled or failed training again. Raises TrainingNotFound, FailedPrecondition."""
+
+        async def resume() -> TrainingRecord:
+            record = await self.find(name)
+            if record.state not in (State.CANCELLED, State.FAILED):
+                error = TrainingEnded if record.state.ended else TrainingNotEnded
+                raise error(
+                    f"training {record.id} is {record.state.value}, neither cancelled nor failed",
+                )
+            folder = self._log.folder(record.id) / "images"
+            if not all((folder / picture.file).is_file() for picture in record.images):
+                raise FailedPrecondition(f"the pictures of training {record.id} have been deleted")
+            await asyncio.to_thread(self._store.version, record.adapter, record.version)
+            await self._book.do(
+                self._book.update,
+                record.id,
+                state=State.QUEUED,
+                interruption="RESUMED",
+                cancel_requested=False,
+                crash_step=-1,
+                crash_count=0,
+                end_time=None,
+                reason="",
+                message="",
+                metadata={},
+            )
+            record = await self.find(record.id)
+            await self._runs.add(record)
+            return record
+
+        if self.draining:
+            raise ServerDraining("the server is going away")
+        return await asyncio.shield(self._runs.in_lane(resume))
+
+    async def delete(self, name: str) -> None:
+        """Removes its record, events, pictures and samples. Raises TrainingNotFound, TrainingNotEnded."""
+
+        async def delete() -> None:
+            record = await self.find(name)
+            if not record.state.ended:
+                raise TrainingNotEnded(f"training {record.id} is {record.state.value}; cancel it first")
+            await self._book.do(self._book.delete, record.id)
+            await asyncio.to_thread(shutil.rmtree, self._log.folder(record.id), ignore_errors=True)
+            self._log.ring(record.id)
+
+        await asyncio.shield(self._runs.in_lane(delete))
+
+    def _taken(self, name: str) -> bool:
+        return any(version.meta.name == name for version in self._store.versions())
+
+    async def _free_id(self, name: str) -> str:
+        while True:
+            training = f"{name}-{''.join(secrets.choice(_ID_LETTERS) for _ in range(4))}"
+            if await self._book.do(self._book.training, training) is None:
+                return training
+
+
+def _reused(request_id: str) -> RequestIdReused:
+    return RequestIdReused("another training had this request_id", name=request_id)
+
+
+def estimated_bytes(record: TrainingRecord, base: BaseInfo) -> int:
+    """A rough guess of the device memory of a training, base included.
+
+    base weights + adapter (weights, gradient, two moments of AdamW in float32) + activations. The two
+    constants are Stable Diffusion 1.5's, scaled by the base's parameters: a rank of 1 on its attention is
+    0.023 % of them, and one latent pixel of a batch costs about 1.2 bytes a thousand parameters.
+    """
+    recipe = record.recipe
+    weights = base.num_parameters * (4 if base.dtype == "float32" else 2)
+    adapter = base.num_parameters * 2.3e-4 * recipe.rank * 16
+    latent_pixels = recipe.train_batch_size * (recipe.resolution // 8) ** 2
+    activations = latent_pixels * base.num_parameters * 1.2e-3
+    if recipe.gradient_checkpointing:
+        activations /= 4
+    return int(weights + adapter + activations)

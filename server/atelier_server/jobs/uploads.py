@@ -1,0 +1,66 @@
+"""Uploads on their way in: files under a temporary folder until the job they belong to is written down."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import shutil
+import uuid
+from pathlib import Path
+
+from atelier_server.jobs.records import Picture
+
+
+class Uploads:
+    """The temporary folder of a data directory."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def sweep(self) -> None:
+        """Removes what a former server left."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True)
+
+    def pictures(self) -> PictureUpload:
+        return PictureUpload(self._folder / uuid.uuid4().hex)
+
+    def file(self) -> Path:
+        """A name for a temporary file, which the caller removes."""
+        return self._folder / f"{uuid.uuid4().hex}.safetensors"
+
+
+class PictureUpload:
+    """The pictures of one training. Files are named by index and content, never by what the user says."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.pictures: tuple[Picture, ...] = ()
+        self._digest = hashlib.sha256()
+
+    @property
+    def images_hash(self) -> str:
+        """Covers contents, captions and order."""
+        return self._digest.hexdigest()
+
+    async def add(self, data: bytes, suffix: str, caption: str) -> None:
+        content = await asyncio.to_thread(hashlib.sha256, data)
+        self._digest.update(content.digest())
+        self._digest.update(hashlib.sha256(caption.encode()).digest())
+        name = f"{len(self.pictures):04d}-{content.hexdigest()[:16]}.{suffix}"
+        await asyncio.to_thread(_write, self.folder / name, data)
+        self.pictures = (*self.pictures, Picture(name, caption))
+
+    async def move_to(self, target: Path) -> None:
+        """Makes the pictures a training's own."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        await asyncio.to_thread(self.folder.rename, target)
+
+    async def discard(self) -> None:
+        """Removes what has not been moved. Idempotent."""
+        await asyncio.to_thread(shutil.rmtree, self.folder, ignore_errors=True)
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)

@@ -1,0 +1,153 @@
+"""Adapters as users see them: the store's versions, the worker's slots, and who uses what."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+from atelier_server.adapters.store import AdapterStore, AdapterVersion
+from atelier_server.core import (
+    AdapterExported,
+    AdapterImported,
+    AdapterLoaded,
+    AdapterRef,
+    AdaptersUnloaded,
+    AdapterUse,
+    CheckpointId,
+    ExportAdapter,
+    ImportAdapter,
+    LoadAdapter,
+    UnloadAdapter,
+)
+from atelier_server.errors import AdapterExists, AdapterInUse, AdapterNotFound, WorkerLost
+from atelier_server.jobs.calls import Calls
+from atelier_server.jobs.generations import Generations
+from atelier_server.jobs.training_runs import count_checkpoints
+from atelier_server.jobs.trainings import Trainings
+from atelier_server.jobs.uploads import Uploads
+from atelier_server.metrics import Metrics
+
+
+class Wardrobe:
+    """`resident` tells the checkpoints that lie in device slots now."""
+
+    def __init__(
+        self,
+        store: AdapterStore,
+        *,
+        calls: Calls,
+        generations: Generations,
+        trainings: Trainings,
+        uploads: Uploads,
+        metrics: Metrics,
+        resident: Callable[[], frozenset[CheckpointId]],
+    ) -> None:
+        self._store = store
+        self._calls = calls
+        self._generations = generations
+        self._trainings = trainings
+        self._metrics = metrics
+        self.uploads = uploads
+        self.resident = resident
+
+    # --------------------------------------------------------------------------------------------- read
+    async def resolve(self, refs: tuple[AdapterRef, ...]) -> tuple[AdapterUse, ...]:
+        """The checkpoints that references mean now. Raises AdapterNotFound."""
+        return await asyncio.to_thread(lambda: tuple(self._store.resolve(ref) for ref in refs))
+
+    async def version(self, ref: AdapterRef) -> AdapterVersion:
+        """The version that a reference means. Raises AdapterNotFound."""
+        (use,) = await self.resolve((ref,))
+        return await asyncio.to_thread(self._store.version, use.checkpoint.name, use.checkpoint.version)
+
+    async def page(
+        self, after: tuple[str, int] | None, size: int, *, all_versions: bool
+    ) -> list[AdapterVersion]:
+        """By name and version, those with a checkpoint; the newest of each adapter unless `all_versions`."""
+        versions = [v for v in await asyncio.to_thread(self._store.versions) if v.checkpoints]
+        if not all_versions:
+            versions = list({v.meta.name: v for v in versions}.values())
+        return [v for v in versions if after is None or (v.meta.name, v.meta.version) > after][:size]
+
+    # -------------------------------------------------------------------------------------------- slots
+    async def load(self, ref: AdapterRef) -> tuple[CheckpointId, bool]:
+        """Puts a checkpoint into a slot; False if it was there already."""
+        (use,) = await self.resolve((ref,))
+        answer = await self._calls.call(lambda call: LoadAdapter(call, use), AdapterLoaded)
+        return use.checkpoint, answer.loaded
+
+    async def unload(self, ref: AdapterRef) -> int:
+        """Frees the slots of a checkpoint, or of all of an adapter's; returns how many."""
+        if ref.selector:
+            checkpoints = tuple(use.checkpoint for use in await self.resolve((ref,)))
+        else:
+            checkpoints = await asyncio.to_thread(self._checkpoints, ref.name, None)
+            if not checkpoints:
+                raise AdapterNotFound(f"there is no adapter {ref.name!r}", name=ref.name)
+        answer = await self._calls.call(lambda call: UnloadAdapter(call, checkpoints), AdaptersUnloaded)
+        return answer.unloaded
+
+    async def delete(self, name: str, version: int | None) -> None:
+        """Deletes an adapter or one version of it. Raises AdapterNotFound, AdapterInUse."""
+        if self._trainings.writes(name, version):
+            raise AdapterInUse(f"a training is writing {name!r}")
+        if self._generations.uses(name, version):
+            raise AdapterInUse(f"a generation that has not finished uses {name!r}")
+        checkpoints = await asyncio.to_thread(self._checkpoints, name, version)
+        await asyncio.to_thread(self._store.delete, name, version)
+        await self._count()
+        if checkpoints and self._calls.ready:
+            # A later adapter may get the same name, version and step: no slot may still hold the old one.
+            with suppress(WorkerLost):  # its slots die with it
+                await self._calls.call(lambda call: UnloadAdapter(call, checkpoints), AdaptersUnloaded)
+
+    # -------------------------------------------------------------------------------------------- files
+    async def check_name(self, name: str, *, new_version: bool) -> None:
+        """Refuses an import early. Raises AdapterExists."""
+        versions = await asyncio.to_thread(self._store.versions)
+        if not new_version and any(v.meta.name == name for v in versions):
+            raise AdapterExists(f"adapter {name!r} exists; set new_version to add one", name=name)
+
+    async def adopt(
+        self, path: Path, name: str, *, new_version: bool, trigger: str
+    ) -> tuple[AdapterVersion, AdapterImported]:
+        """Has the worker check a safetensors file and publish it as a new version."""
+        answer = await self._calls.call(
+            lambda call: ImportAdapter(call, str(path), name, new_version, trigger), AdapterImported
+        )
+        await self._count()
+        version = await asyncio.to_thread(
+            self._store.version, answer.checkpoint.name, answer.checkpoint.version
+        )
+        return version, answer
+
+    @asynccontextmanager
+    async def exported(
+        self, ref: AdapterRef, layout: str
+    ) -> AsyncIterator[tuple[CheckpointId, AdapterExported]]:
+        """A temporary file of a checkpoint in `layout`. Raises AdapterNotFound, DataLoss."""
+        (use,) = await self.resolve((ref,))
+        version = await asyncio.to_thread(self._store.version, use.checkpoint.name, use.checkpoint.version)
+        record = next(r for r in version.checkpoints if r.id == use.checkpoint)
+        await asyncio.to_thread(self._store.verify, record)
+        path = self.uploads.file()
+        try:
+            answer = await self._calls.call(
+                lambda call: ExportAdapter(call, use, layout, str(path)), AdapterExported
+            )
+            yield use.checkpoint, answer
+        finally:
+            path.unlink(missing_ok=True)
+
+    async def _count(self) -> None:
+        self._metrics.stored_checkpoints(await asyncio.to_thread(count_checkpoints, self._store))
+
+    def _checkpoints(self, name: str, version: int | None) -> tuple[CheckpointId, ...]:
+        return tuple(
+            record.id
+            for found in self._store.versions()
+            if found.meta.name == name and version in (None, found.meta.version)
+            for record in found.checkpoints
+        )

@@ -1,0 +1,113 @@
+"""AdapterService: decode, ask the wardrobe, encode."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from atelier.v1 import adapter_pb2 as pb
+from atelier.v1 import adapter_pb2_grpc
+
+from atelier_server.config import Limits
+from atelier_server.core import AdapterRef
+from atelier_server.errors import InvalidRequest, Violation
+from atelier_server.jobs.wardrobe import Wardrobe
+from atelier_server.rpc.codec import pages
+from atelier_server.rpc.codec.adapter import (
+    decode_deletion,
+    decode_export,
+    decode_import,
+    decode_reference,
+    encode_adapter,
+)
+from atelier_server.rpc.codec.checks import Checks
+from atelier_server.rpc.codec.generation import CHUNK_BYTES
+from atelier_server.rpc.interceptors import Context
+from atelier_server.rpc.receive import heard_out, receive_file
+
+
+class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
+    def __init__(self, wardrobe: Wardrobe, limits: Limits) -> None:
+        self._wardrobe = wardrobe
+        self._limits = limits
+
+    async def ListAdapters(
+        self, request: pb.ListAdaptersRequest, context: Context
+    ) -> pb.ListAdaptersResponse:
+        checks = Checks()
+        size = pages.page_size(checks, request.page_size)
+        key = pages.page_key(checks, "adapters", request.page_token, (str, int))
+        checks.done()
+        after = (key[0], key[1]) if key else None
+        versions = await self._wardrobe.page(after, size + 1, all_versions=request.all_versions)
+        last = versions[size - 1].meta if len(versions) > size else None
+        return pb.ListAdaptersResponse(
+            adapters=[encode_adapter(version, self._wardrobe.resident()) for version in versions[:size]],
+            next_page_token=pages.page_token("adapters", [last.name, last.version]) if last else "",
+        )
+
+    async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:
+        version = await self._wardrobe.version(decode_reference(request.adapter))
+        return pb.GetAdapterResponse(adapter=encode_adapter(version, self._wardrobe.resident()))
+
+    async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Context) -> pb.LoadAdapterResponse:
+        checkpoint, loaded = await self._wardrobe.load(decode_reference(request.adapter))
+        return pb.LoadAdapterResponse(adapter=str(checkpoint), loaded=loaded)
+
+    async def UnloadAdapter(
+        self, request: pb.UnloadAdapterRequest, context: Context
+    ) -> pb.UnloadAdapterResponse:
+        unloaded = await self._wardrobe.unload(decode_reference(request.adapter))
+        return pb.UnloadAdapterResponse(unloaded=unloaded)
+
+    async def DeleteAdapter(
+        self, request: pb.DeleteAdapterRequest, context: Context
+    ) -> pb.DeleteAdapterResponse:
+        await self._wardrobe.delete(*decode_deletion(request.adapter))
+        return pb.DeleteAdapterResponse()
+
+    async def ImportAdapter(
+        self, request_iterator: AsyncIterator[pb.ImportAdapterRequest], context: Context
+    ) -> pb.ImportAdapterResponse:
+        path = self._wardrobe.uploads.file()
+        try:
+            async with heard_out(request_iterator):
+                first = await anext(aiter(request_iterator), None)
+                if first is None or first.WhichOneof("payload") != "metadata":
+                    raise InvalidRequest.of([Violation("metadata", "must be the first message")])
+                metadata = first.metadata
+                decode_import(metadata, self._limits)
+                await self._wardrobe.check_name(metadata.name, new_version=metadata.new_version)
+                await receive_file(request_iterator, metadata, path)
+            version, answer = await self._wardrobe.adopt(
+                path, metadata.name, new_version=metadata.new_version, trigger=metadata.trigger
+            )
+        finally:
+            path.unlink(missing_ok=True)
+        return pb.ImportAdapterResponse(
+            adapter=encode_adapter(version, self._wardrobe.resident()),
+            detected_format=answer.detected_format,
+            matched_modules=answer.matched_modules,
+        )
+
+    async def ExportAdapter(
+        self, request: pb.ExportAdapterRequest, context: Context
+    ) -> AsyncIterator[pb.ExportAdapterResponse]:
+        ref, layout = decode_export(request)
+        async with self._wardrobe.exported(ref, layout) as (checkpoint, answer):
+            yield pb.ExportAdapterResponse(
+                metadata=pb.ExportAdapterResponse.Metadata(
+                    adapter=str(AdapterRef(checkpoint.name, str(checkpoint.step))),
+                    size_bytes=answer.size_bytes,
+                    sha256=answer.sha256,
+                )
+            )
+            async for chunk in _chunks(Path(answer.path)):
+                yield pb.ExportAdapterResponse(chunk=chunk)
+
+
+async def _chunks(path: Path) -> AsyncIterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := await asyncio.to_thread(file.read, CHUNK_BYTES):
+            yield chunk

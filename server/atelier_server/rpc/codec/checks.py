@@ -1,0 +1,96 @@
+"""Collects everything that is wrong with a request, so that it can be said at once."""
+
+from __future__ import annotations
+
+import math
+import re
+import uuid
+from collections.abc import Collection
+
+from atelier_server.adapters.reference import parse_reference
+from atelier_server.core import ADAPTER_NAME, AdapterRef
+from atelier_server.errors import InvalidRequest, Violation
+
+_SHOWN = 80
+
+
+class Checks:
+    """Each method returns the value if it is right, else notes a violation and returns it all the same."""
+
+    def __init__(self) -> None:
+        self.violations: list[Violation] = []
+
+    def refuse(self, field: str, description: str) -> None:
+        self.violations.append(Violation(field, description))
+
+    def done(self) -> None:
+        """Raises InvalidRequest with every violation, if there are any."""
+        if self.violations:
+            raise InvalidRequest.of(self.violations)
+
+    def integer(self, field: str, value: int, low: int, high: int) -> int:
+        if not low <= value <= high:
+            self.refuse(field, f"{value} is not between {low} and {high}")
+        return value
+
+    def number(
+        self, field: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False
+    ) -> float:
+        """Finite and in low..high, or in (low, high] if `open_low`."""
+        too_low = value <= low if open_low else value < low
+        if not math.isfinite(value) or too_low or value > high:
+            bound = "above" if open_low else "at least"
+            upper = f" and at most {high:g}" if math.isfinite(high) else ""
+            self.refuse(field, f"{value} is not a finite number {bound} {low:g}{upper}")
+        return value
+
+    def size(self, field: str, value: int, high: int) -> int:
+        if value % 8 or not 8 <= value <= high:
+            self.refuse(field, f"{value} is not a multiple of 8 between 8 and {high}")
+        return value
+
+    def choice(self, field: str, value: str, allowed: Collection[str]) -> str:
+        if value not in allowed:
+            self.refuse(field, f"{shown(value)} is none of {', '.join(allowed)}")
+        return value
+
+    def text(self, field: str, value: str, longest: int, *, empty: bool = True) -> str:
+        if len(value) > longest:
+            self.refuse(field, f"{len(value)} characters are more than {longest}")
+        elif not empty and not value.strip():
+            self.refuse(field, "must not be empty")
+        return value
+
+    def name(self, field: str, value: str) -> str:
+        if not ADAPTER_NAME.fullmatch(value):
+            self.refuse(field, f"{shown(value)} does not match {ADAPTER_NAME.pattern}")
+        return value
+
+    def request_id(self, field: str, value: str) -> str:
+        """Empty, or a UUID in its canonical form."""
+        if not value:
+            return value
+        if re.fullmatch(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", value):
+            return str(uuid.UUID(value))
+        self.refuse(field, f"{shown(value)} is not a UUID such as {uuid.UUID(int=0)}")
+        return value
+
+    def reference(self, field: str, value: str, *, weight: bool = False) -> AdapterRef | None:
+        """NAME[@STEP|@TAG], with `weight` also [:WEIGHT]; None if it is wrong."""
+        try:
+            ref = parse_reference(value)
+        except ValueError as error:
+            self.refuse(field, str(error))
+            return None
+        if not weight and ":" in value:
+            self.refuse(
+                field, f"{shown(value)} has a weight, which means nothing here; give NAME[@STEP|@TAG]"
+            )
+        if not math.isfinite(ref.weight):
+            self.refuse(field, f"{shown(value)} has a weight that is not finite")
+        return ref
+
+
+def shown(value: str) -> str:
+    """A value in a message, short whatever the user sent."""
+    return repr(value if len(value) <= _SHOWN else value[: _SHOWN - 3] + "...")

@@ -1,0 +1,46 @@
+"""GenerationService: decode, admit, iterate, encode."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+from atelier.v1 import generation_pb2 as pb
+from atelier.v1 import generation_pb2_grpc
+
+from atelier_server.config import Limits
+from atelier_server.jobs.dispatch import WorkerStatus
+from atelier_server.jobs.generations import Generations
+from atelier_server.jobs.wardrobe import Wardrobe
+from atelier_server.rpc.codec.generation import decode_generate, encode_event
+from atelier_server.rpc.interceptors import Context, on_end
+
+
+class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
+    def __init__(
+        self, generations: Generations, wardrobe: Wardrobe, status: WorkerStatus, limits: Limits
+    ) -> None:
+        self._generations = generations
+        self._wardrobe = wardrobe
+        self._status = status
+        self._limits = limits
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: Context
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        base = self._status.known_base()
+        draft = decode_generate(request, self._limits, base)
+        # A known request is joined as it is, even where its adapter has been replaced since.
+        reader = self._generations.join(draft.request_id, draft.body_hash)
+        if reader is None:
+            adapters = await self._wardrobe.resolve(draft.refs)
+            job = replace(draft.job, adapters=adapters)
+            reader = self._generations.admit(job, draft.request_id, draft.body_hash)
+        # Both: a stream that is dropped between two messages is noticed only by the callback.
+        on_end(context, reader.close)
+        try:
+            async for event in reader.events():
+                for message in encode_event(event, reader.generation, base):
+                    yield message
+        finally:
+            reader.close()

@@ -1,0 +1,116 @@
+"""Around every call of our services: its id, its duration, and its errors as statuses."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from types import TracebackType
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from atelier_server.metrics import Metrics
+from atelier_server.rpc import status
+
+REQUEST_ID = "x-request-id"
+_GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_OURS = "/atelier.v1."
+_log = logging.getLogger(__name__)
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Leaves other services (health, reflection) alone: their errors are their own."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or not method.startswith(_OURS):
+            return handler
+        inner: Callable[..., Any] = _behaviour(handler)
+
+        async def unary(request: Any, context: Context) -> Any:
+            async with _Call(method, context, self._metrics):
+                return await inner(request, context)
+
+        async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
+            async with _Call(method, context, self._metrics), aclosing(inner(request, context)) as answers:
+                async for answer in answers:
+                    yield answer
+
+        build: Callable[..., Any] = _BUILDERS[
+            bool(handler.request_streaming), bool(handler.response_streaming)
+        ]
+        return build(  # type: ignore[no-any-return]
+            stream if handler.response_streaming else unary,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+
+_BUILDERS: dict[tuple[bool, bool], Callable[..., Any]] = {
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
+
+
+def _behaviour(handler: Any) -> Callable[..., Any]:
+    found: Callable[..., Any] = (
+        handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+    )
+    return found
+
+
+def on_end(context: Context, action: Callable[[], None]) -> None:
+    """Calls `action` when the call is over, however it ended."""
+    context.add_done_callback(lambda _: action())  # type: ignore[arg-type]
+
+
+class _Call:
+    """One call, from its first line to its status."""
+
+    def __init__(self, method: str, context: Context, metrics: Metrics) -> None:
+        self._method = method
+        self._context = context
+        self._metrics = metrics
+        self._begin = time.perf_counter()
+        given = dict(context.invocation_metadata() or ()).get(REQUEST_ID, "")
+        self._id = str(given) if _GIVEN_ID.fullmatch(str(given)) else uuid.uuid4().hex
+
+    async def __aenter__(self) -> None:
+        self._context.set_trailing_metadata(((REQUEST_ID, self._id),))
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._ended("OK")
+        elif isinstance(error, asyncio.CancelledError | GeneratorExit):
+            remaining = self._context.time_remaining()
+            late = remaining is not None and remaining <= 0
+            self._ended("DEADLINE_EXCEEDED" if late else "CANCELLED")
+        else:
+            refusal = status.known(error, f"{self._method} ({REQUEST_ID} {self._id})")
+            self._ended(refusal.status)
+            _log.info("%s %s: %s: %s", self._method, self._id, refusal.reason, refusal.message)
+            message, metadata = status.trailers(refusal)
+            await self._context.abort(status.code_of(refusal), message, (*metadata, (REQUEST_ID, self._id)))
+
+    def _ended(self, code: str) -> None:
+        method = self._method.rpartition("/")[2]
+        self._metrics.call_ended(method, code, time.perf_counter() - self._begin)
