@@ -1,0 +1,27 @@
+"""`atelier info`: what the server is and whether it is ready."""
+
+from __future__ import annotations
+
+import typer
+
+from atelier.cli import flags, output
+from atelier.client import Client
+
+
+def info(*, server: flags.Server = flags.DEFAULT_SERVER, json: flags.Json = False) -> None:
+    """Describe the server; exit 0 only when its worker is ready."""
+    with Client(server) as client:
+        told = client.server_info()
+    if json:
+        output.print_json(output.record(told))
+    else:
+        base, device, slots = told.base_model, told.device, told.slots
+        output.out(f"{server}: {'ready' if told.ready else f'not ready: {told.message}'}")
+        output.out(f"base     {base.reference or '-'} ({base.family}), {base.num_parameters / 1e6:.1f} M")
+        output.out(f"pictures {base.native_width} x {base.native_height}, scheduler {base.default_scheduler}")
+        output.out(f"device   {device.name} {device.dtype}, {device.description}")
+        output.out(f"slots    {slots.used} of {slots.total}: {', '.join(slots.adapters) or '-'}")
+        output.out(f"restarts {told.worker_restarts}")
+        output.out(f"versions {', '.join(f'{name} {number}' for name, number in told.versions.items())}")
+    if not told.ready:
+        raise typer.Exit(1)

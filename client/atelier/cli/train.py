@@ -1,0 +1,116 @@
+"""`atelier train`: an adapter from a folder of pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from atelier.cli import flags, output
+from atelier.client import Client
+from atelier.events import (
+    CheckpointPublished,
+    Sample,
+    TrainingAccepted,
+    TrainingCompleted,
+    TrainingEvent,
+    TrainingProgress,
+    TrainingRestarted,
+    TrainingWarning,
+)
+from atelier.fields import RecipeFields
+
+SamplesFolder = Annotated[
+    Path | None, typer.Option("--samples", metavar="DIR", help="write the sample pictures there")
+]
+
+
+@flags.with_fields(RecipeFields, "Recipe")
+def train(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="pictures; STEM.txt is a picture's caption")],
+    *,
+    name: Annotated[str, typer.Option(help="of the adapter")],
+    instance_prompt: Annotated[str, typer.Option(help='calls the subject up, e.g. "a sks plush octopus"')],
+    detach: Annotated[bool, typer.Option("--detach", help="leave once the training is accepted")] = False,
+    cancel_on_disconnect: Annotated[
+        bool, typer.Option("--cancel-on-disconnect", help="stop the training when this command stops")
+    ] = False,
+    samples: SamplesFolder = None,
+    server: flags.Server = flags.DEFAULT_SERVER,
+    json: flags.Json = False,
+    fields: dict[str, Any],
+) -> None:
+    """Teach the server a subject. Ctrl-C detaches; the training goes on."""
+    with Client(server) as client:
+        client.server_info()  # a wrong address is told at once, not after the time for reconnecting
+        events = client.train(
+            name,
+            folder=folder,
+            instance_prompt=instance_prompt,
+            cancel_on_disconnect=cancel_on_disconnect,
+            **fields,
+        )
+        follow(events, json=json, samples=samples, detach=detach)
+
+
+def follow(
+    events: Iterator[TrainingEvent],
+    *,
+    json: bool,
+    samples: Path | None,
+    detach: bool = False,
+    training: str = "",
+) -> None:
+    """Prints events until the last, or until Ctrl-C or `detach` leaves the training to itself."""
+    try:
+        with output.Steps("training", quiet=json) as steps:
+            for event in events:
+                training = event.training
+                saved = _save(event, samples)
+                if json:
+                    output.print_json(output.training_event(event, **saved))
+                else:
+                    _tell(event, steps, saved)
+                if detach and isinstance(event, TrainingAccepted):
+                    break
+            else:
+                return
+    except KeyboardInterrupt:
+        if not training:
+            output.say("stopped before the training was accepted")
+            raise typer.Exit(1) from None
+    output.say(f"detached; the training goes on. To see it again: atelier trainings watch {training}")
+
+
+def _save(event: TrainingEvent, samples: Path | None) -> dict[str, str]:
+    """Writes a sample picture where the user wants them; {"path": ...} if it did."""
+    if samples is None or not isinstance(event, Sample):
+        return {}
+    samples.mkdir(parents=True, exist_ok=True)
+    suffix = event.mime_type.rpartition("/")[2]
+    return {"path": str(event.save(samples / f"step-{event.step:06d}-{event.index}.{suffix}"))}
+
+
+def _tell(event: TrainingEvent, steps: output.Steps, saved: dict[str, str]) -> None:
+    match event:
+        case TrainingAccepted():
+            time = output.duration(event.estimated_seconds) if event.estimated_seconds else "unknown"
+            memory = output.size(event.estimated_bytes) if event.estimated_bytes else "unknown"
+            output.out(f"training {event.training} of {event.adapter}@v{event.version}")
+            output.out(f"estimate: {time}, memory {memory}")
+        case TrainingProgress():
+            left = output.duration(event.seconds_left)
+            steps.update(event.step, event.max_train_steps, f"loss {event.loss:.4f}  {left} left")
+        case CheckpointPublished():
+            output.out(f"checkpoint {event.adapter}  loss {event.loss:.4f}  {output.size(event.size_bytes)}")
+        case Sample() if saved:
+            output.out(f"sample {saved['path']}  {event.prompt}")
+        case TrainingWarning():
+            output.say(f"warning: {event.reason}: {event.message}")
+        case TrainingRestarted():
+            output.say(f"restarted from step {event.from_step} ({event.reason})")
+        case TrainingCompleted():
+            words = f"{event.state} after {event.step} steps, {output.duration(event.seconds)}"
+            output.out(f"{words}: {event.adapter}" if event.adapter else words)

@@ -1,0 +1,150 @@
+"""All of the client's logic that is not waiting: requests out of arguments, events out of responses.
+
+Both transports use it; nothing here knows a channel.
+"""
+
+from __future__ import annotations
+
+import secrets
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.message import Message
+
+from atelier import fields, transfer, wire
+from atelier.events import Completed, GenerationEvent, GenerationResult, Image, TrainingEvent
+from atelier.records import TrainingImage
+from atelier.v1 import adapter_pb2, generation_pb2, training_pb2
+
+
+def generate_request(
+    prompt: str,
+    adapters: str | Sequence[str],
+    request_id: str | None,
+    values: Mapping[str, object],
+) -> generation_pb2.GenerateRequest:
+    """A request that can be repeated: it has an id, and a seed even if the caller has none.
+
+    The seed is drawn here so that a request which a restarted server has to paint anew gives the same
+    pictures.
+    """
+    fields.check("generate", values, fields.GenerateFields.__annotations__)
+    request = generation_pb2.GenerateRequest(request_id=request_id or str(uuid.uuid4()))
+    chosen = [adapters] if isinstance(adapters, str) else list(adapters)
+    request.adapters.extend(generation_pb2.AdapterSelection(adapter=reference) for reference in chosen)
+    fill(request, {"seed": None, **values, "prompt": prompt})
+    if not request.HasField("seed"):
+        request.seed = secrets.randbits(32)
+    return request
+
+
+def train_start(
+    name: str,
+    instance_prompt: str,
+    num_images: int,
+    *,
+    request_id: str | None,
+    cancel_on_disconnect: bool,
+    values: Mapping[str, object],
+) -> training_pb2.TrainRequest.Start:
+    """The first message of a Train stream; `num_images` pictures have to follow it."""
+    fields.check("train", values, fields.RecipeFields.__annotations__)
+    recipe = training_pb2.TrainingRecipe(num_images=num_images)
+    fill(recipe, {**values, "name": name, "instance_prompt": instance_prompt})
+    return training_pb2.TrainRequest.Start(
+        request_id=request_id or str(uuid.uuid4()), recipe=recipe, cancel_on_disconnect=cancel_on_disconnect
+    )
+
+
+def train_requests(
+    start: training_pb2.TrainRequest.Start, images: Sequence[TrainingImage]
+) -> Iterator[training_pb2.TrainRequest]:
+    """The whole upload, in chunks of at most 1 MiB."""
+    yield training_pb2.TrainRequest(start=start)
+    for index, image in enumerate(images):
+        for number, data in enumerate(transfer.chunks(image.data)):
+            chunk = training_pb2.TrainRequest.ImageChunk(index=index, data=data)
+            if number == 0:
+                chunk.filename, chunk.caption = image.filename, image.caption
+                chunk.size_bytes = len(image.data)
+            yield training_pb2.TrainRequest(image=chunk)
+
+
+def import_requests(
+    path: str | Path, name: str, *, new_version: bool, trigger: str
+) -> Iterator[adapter_pb2.ImportAdapterRequest]:
+    """The whole upload of a safetensors file: what it is, then chunks of at most 1 MiB."""
+    source = Path(path)
+    size_bytes, sha256 = transfer.digest(
+        source
+    )  # outside the generator: a missing file is the caller's error
+    metadata = adapter_pb2.ImportAdapterRequest.Metadata(
+        name=name, size_bytes=size_bytes, sha256=sha256, new_version=new_version, trigger=trigger
+    )
+
+    def requests() -> Iterator[adapter_pb2.ImportAdapterRequest]:
+        yield adapter_pb2.ImportAdapterRequest(metadata=metadata)
+        for data in transfer.file_chunks(source):
+            yield adapter_pb2.ImportAdapterRequest(chunk=data)
+
+    return requests()
+
+
+def export_request(adapter: str, layout: str) -> adapter_pb2.ExportAdapterRequest:
+    request = adapter_pb2.ExportAdapterRequest()
+    fill(request, {"adapter": adapter, "format": layout})
+    return request
+
+
+def training_images(
+    images: Sequence[TrainingImage | str | Path | bytes] | None, folder: str | Path | None
+) -> list[TrainingImage]:
+    """The pictures of a folder with their captions, or those given; exactly one of the two."""
+    if (images is None) == (folder is None):
+        raise TypeError("train() takes either images or folder")
+    if folder is not None:
+        return transfer.read_folder(folder)
+    return [transfer.training_image(image) for image in images or ()]
+
+
+def training_event(message: training_pb2.TrainingEvent) -> TrainingEvent | None:
+    """The event; None for a kind that this client does not know yet."""
+    kind = message.WhichOneof("event")
+    if kind is None:
+        return None
+    create_time = wire.decode_time(message.create_time) if message.HasField("create_time") else None
+    told = getattr(message, kind)
+    event: TrainingEvent = wire.decode(
+        wire.record_of(told), told, seq=message.seq, training=message.training, create_time=create_time
+    )
+    return event
+
+
+def result(events: Sequence[GenerationEvent], completed: Completed) -> GenerationResult:
+    """What a whole stream of events amounts to."""
+    images = sorted((event for event in events if isinstance(event, Image)), key=lambda image: image.index)
+    return GenerationResult(
+        tuple(images), completed.seed, completed.timings, completed.batch_bucket, completed.receipt
+    )
+
+
+def fill(message: Message, values: Mapping[str, object]) -> None:
+    """Sets the fields that have a value; a TypeError or ValueError names the field that does not take it."""
+    for name, value in values.items():
+        if value is not None:
+            try:
+                _assign(message, name, value)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}={value!r:.200}: {error}") from None
+
+
+def _assign(message: Message, name: str, value: Any) -> None:
+    field = message.DESCRIPTOR.fields_by_name[name]
+    if field.enum_type is not None:
+        setattr(message, name, wire.number_of(field.enum_type, value))
+    elif field.is_repeated:
+        getattr(message, name).extend([value] if isinstance(value, str) else value)
+    else:
+        setattr(message, name, value)

@@ -1,0 +1,68 @@
+"""The keyword arguments of `generate` and `train`, once.
+
+From these two tables come the types of the SDK, the check for unknown keywords and the flags of the
+command line. Names are the contract's; a field that is left out has the server's default, told at its end.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Literal, TypedDict
+
+
+class GenerateFields(TypedDict, total=False):
+    """`GenerateRequest` but for the prompt, the adapters and the request id."""
+
+    negative_prompt: Annotated[str, "what the picture should not show"]
+    seed: Annotated[int, "picture i uses seed + i; drawn at random by default"]
+    num_images: Annotated[int, "how many pictures (default: 1)"]
+    num_inference_steps: Annotated[int, "denoise steps a picture (default: 50)"]
+    guidance_scale: Annotated[float, "how closely to follow the prompt; 1 or less is unguided (default: 7.5)"]
+    scheduler: Annotated[str, "e.g. ddim, euler, euler-a, dpmpp-2m, unipc (default: the base model's)"]
+    width: Annotated[int, "pixels, a multiple of 8 (default: the base model's)"]
+    height: Annotated[int, "pixels, a multiple of 8 (default: the base model's)"]
+    reproducibility: Annotated[
+        Literal["fast", "strict"], "strict: same bits whatever else runs (default: fast)"
+    ]
+    batch_bucket: Annotated[int, "rows of a strict forward: 2, 4, 8 or 16 (default: 8)"]
+    image_format: Annotated[Literal["png", "jpeg", "webp"], "file format (default: png)"]
+
+
+class RecipeFields(TypedDict, total=False):
+    """`TrainingRecipe` but for the name, the instance prompt and the number of pictures."""
+
+    new_version: Annotated[bool, "publish as the next version where the name exists already (default: no)"]
+    method: Annotated[str, "how to learn (default: lora)"]
+    max_train_steps: Annotated[int, "optimiser steps (default: 500)"]
+    learning_rate: Annotated[float, "of AdamW (default: 1e-4)"]
+    lr_scheduler: Annotated[str, "constant, constant_with_warmup, linear, cosine, ... (default: constant)"]
+    lr_warmup_steps: Annotated[int, "default 0"]
+    train_batch_size: Annotated[int, "pictures a step, at most 16 (default: 4)"]
+    rank: Annotated[int, "of the LoRA matrices (default: 8)"]
+    lora_alpha: Annotated[float, "the change is scaled by alpha / rank (default: the rank)"]
+    resolution: Annotated[int, "pixels, a multiple of 8 (default: the base model's)"]
+    random_crop: Annotated[bool, "crop anywhere rather than at the centre (default: no)"]
+    random_flip: Annotated[bool, "mirror pictures at random (default: no)"]
+    seed: Annotated[int, "drives initial weights, order, noise and timesteps (default: 0)"]
+    checkpointing_steps: Annotated[int, "a checkpoint every so many steps (default: 100)"]
+    validation_prompts: Annotated[Sequence[str], "painted at every checkpoint; repeats"]
+    validation_steps: Annotated[int, "denoise steps of a sample picture (default: 30)"]
+    adam_beta1: Annotated[float, "default 0.9"]
+    adam_beta2: Annotated[float, "default 0.999"]
+    adam_weight_decay: Annotated[float, "default 0.01"]
+    adam_epsilon: Annotated[float, "default 1e-8"]
+    max_grad_norm: Annotated[float, "largest norm of the gradient (default: 1)"]
+    gradient_checkpointing: Annotated[bool, "trade time for memory (default: no)"]
+    snr_gamma: Annotated[float, "min-SNR weighting (arXiv 2303.09556), usually 5 (default: none)"]
+    caption_dropout: Annotated[float, "share of captions replaced by the empty prompt (default: 0)"]
+
+
+def check(call: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """TypeError for a keyword that `call` does not know, naming the nearest that it does."""
+    allowed = list(known)
+    for name in names:
+        if name not in allowed:
+            near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(allowed)}"
+            raise TypeError(f"{call}() got an unexpected keyword argument {name!r}{hint}")

@@ -1,0 +1,157 @@
+"""What the server keeps and is, as frozen dataclasses named and shaped like the contract's messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from atelier.events import TrainingState
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A published, immutable set of LoRA weights. `loss` is None for an import."""
+
+    step: int
+    sha256: str
+    size_bytes: int
+    create_time: datetime | None
+    loss: float | None
+    resident: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One version of an adapter with its checkpoints in the order of their steps."""
+
+    name: str
+    version: int
+    tags: tuple[str, ...]
+    checkpoints: tuple[Checkpoint, ...]
+    recommended_step: int
+    trigger: str
+    rank: int
+    lora_alpha: float
+    base_model: str
+    base_sha256: str
+    training: str
+    create_time: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedAdapter:
+    """`adapter` is the checkpoint in full; `loaded` is False if it was in a slot already."""
+
+    adapter: str
+    loaded: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ImportedAdapter:
+    adapter: Adapter
+    detected_format: str
+    matched_modules: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedAdapter:
+    """The file at `path` holds the checkpoint `adapter`; its digest has been checked."""
+
+    adapter: str
+    size_bytes: int
+    sha256: str
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """A training as it stands. `recipe` holds the fields that were set, by the contract's names."""
+
+    id: str
+    adapter: str
+    version: int
+    state: TrainingState
+    step: int
+    loss: float
+    recipe: Mapping[str, Any]
+    last_seq: int
+    create_time: datetime | None
+    end_time: datetime | None
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingImage:
+    """A picture to learn from: a PNG, JPEG or WebP file. No caption means the instance prompt."""
+
+    data: bytes = field(repr=False)
+    filename: str = ""
+    caption: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    reference: str
+    family: str
+    sha256: str
+    native_width: int
+    native_height: int
+    prediction_type: str
+    default_scheduler: str
+    max_prompt_tokens: int
+    num_parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    name: str
+    description: str
+    dtype: str
+    memory_total_bytes: int
+    memory_allocated_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a single request may ask for."""
+
+    max_num_images: int
+    max_inference_steps: int
+    max_width: int
+    max_height: int
+    max_adapters_per_image: int
+    max_lora_rank: int
+    max_prompt_characters: int
+    max_train_steps: int
+    max_train_images: int
+    max_image_bytes: int
+    max_image_pixels: int
+    max_adapter_bytes: int
+    max_queued_generations: int
+    max_train_batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSlots:
+    total: int
+    used: int
+    adapters: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """`ready`: the worker takes Generate and Train; otherwise `message` says why not."""
+
+    ready: bool
+    message: str
+    base_model: BaseModel
+    device: Device
+    limits: Limits
+    slots: AdapterSlots
+    versions: dict[str, str]
+    worker_restarts: int
+    schedulers: tuple[str, ...]

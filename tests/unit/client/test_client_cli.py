@@ -1,0 +1,289 @@
+"""The command line against the scripted server, in this process and as a process of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from atelier.cli import cli, hints, output
+from atelier.errors import AtelierError, InvalidArgumentError, Violation
+from google.rpc import error_details_pb2
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+ATELIER = str(Path(sys.executable).with_name("atelier"))
+
+
+@pytest.fixture
+def run(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Runs a command in a folder of its own against the scripted server."""
+    monkeypatch.setenv("ATELIER_SERVER", server.address)
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def test_generate_writes_a_picture(run: Callable[..., Result], server: Any, tmp_path: Path) -> None:
+    done = run("generate", "an octopus", "--seed", 7, "--num-inference-steps", 9, "--adapter", "otto@6:0.5")
+    assert done.exit_code == 0, done.output
+    assert done.stdout == "out.png  seed 7\n"
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    (request,) = server.script.generates
+    assert (request.num_inference_steps, request.adapters[0].adapter) == (9, "otto@6:0.5")
+    assert not request.HasField("guidance_scale")
+
+
+def test_several_pictures_are_numbered_and_the_suffix_is_the_format(
+    run: Callable[..., Result], server: Any, tmp_path: Path
+) -> None:
+    done = run("generate", "x", "--num-images", 3, "-o", "x.webp", "--sheet", "sheet.png")
+    assert done.exit_code == 0, done.output
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["sheet.png", "x-0.webp", "x-1.webp", "x-2.webp"]
+    assert server.script.generates[0].image_format == 3
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 2 * 192
+
+
+def test_json_tells_events_with_the_contracts_names(run: Callable[..., Result]) -> None:
+    done = run("generate", "x", "--seed", 2**40, "--json")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [next(iter(line)) for line in lines] == ["queued", "progress", "image", "completed"]
+    assert lines[0] == {"queued": {"position": 0}}
+    image = lines[2]["image"]
+    assert image["path"] == "out.png"
+    assert image["seed"] == str(2**40)
+    assert "data" not in image
+    assert lines[3]["completed"]["receipt"]["base_model"] == "pocket"
+
+
+def test_a_prompt_without_the_trigger_gets_a_hint(run: Callable[..., Result]) -> None:
+    assert "hint: otto" in run("generate", "an octopus", "--adapter", "otto").stderr
+    assert "hint" not in run("generate", "a SKS octopus", "--adapter", "otto").stderr
+
+
+@pytest.mark.parametrize(
+    ("trigger", "rare"),
+    [
+        ("a sks blue plush octopus", ["sks"]),
+        ("a v1ct0r toy", ["v1ct0r"]),
+        ("the blue octopus", ["blue", "octopus"]),
+        ("", []),
+    ],
+)
+def test_rare_words(trigger: str, rare: list[str]) -> None:
+    assert hints.rare_words(trigger) == rare
+    assert hints.lacks_trigger("a red car", trigger) == bool(rare)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "x", "-o", "x.gif"),
+        ("generate", "x", "-o", "x.png", "--image-format", "jpeg"),
+        ("generate", "x", "-o", "none/x.png"),
+        ("generate", "x", "--width", "wide"),
+        ("generate", "x", "--image-format", "gif"),
+        ("generate",),
+        ("nonsense",),
+        ("train", "."),
+    ],
+)
+def test_usage_errors_exit_2(run: Callable[..., Result], server: Any, arguments: tuple[str, ...]) -> None:
+    assert run(*arguments).exit_code == 2
+    assert not server.script.generates
+
+
+def test_every_violation_has_a_line(
+    run: Callable[..., Result], server: Any, full_refusal: grpc.Status
+) -> None:
+    server.script.refuse = full_refusal
+    done = run("generate", "x")
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "error: INVALID_ARGUMENT INVALID_REQUEST",
+        "  width: must be a multiple of 8",
+        "  seed: must not be negative",
+        "  try again in 2.5 s",
+    ]
+
+
+def test_a_message_that_says_more_than_the_violations_stays(capsys: pytest.CaptureFixture[str]) -> None:
+    output.print_error(InvalidArgumentError("bad picture", violations=[Violation("images[0]", "too large")]))
+    output.print_error(AtelierError("odd"))
+    assert capsys.readouterr().err.splitlines() == [
+        "error: INVALID_ARGUMENT: bad picture",
+        "  images[0]: too large",
+        "error: UNKNOWN: odd",
+    ]
+
+
+def test_train_tells_estimate_progress_and_result(
+    run: Callable[..., Result], server: Any, folder: Path, tmp_path: Path
+) -> None:
+    flags = ("--rank", 4, "--random-flip", "--validation-prompts", "a", "--validation-prompts", "b")
+    done = run(
+        "train", folder, "--name", "otto", "--instance-prompt", "a sks", *flags, "--samples", tmp_path / "s"
+    )
+    assert done.exit_code == 0, done.output
+    recipe = server.script.uploads[0][0].start.recipe
+    assert (recipe.rank, recipe.random_flip, list(recipe.validation_prompts)) == (4, True, ["a", "b"])
+    assert not recipe.HasField("seed")
+    assert "estimate: 1 min 15 s, memory unknown" in done.stdout
+    assert "checkpoint otto@6" in done.stdout
+    assert "succeeded after 6 steps" in done.stdout
+    assert "6/6  loss 0.1667" in done.stderr
+    assert (tmp_path / "s" / "step-000006-0.png").exists()
+
+
+def test_train_json_is_the_events(run: Callable[..., Result], folder: Path) -> None:
+    done = run("train", folder, "--name", "otto", "--instance-prompt", "x", "--json")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [int(line["seq"]) for line in lines] == list(range(1, 11))
+    assert lines[0]["accepted"]["adapter"] == "otto"
+    assert lines[0]["create_time"] == "2027-01-15T08:00:01Z"
+    assert lines[-1]["completed"]["state"] == "TRAINING_STATE_SUCCEEDED"
+    assert "data" not in lines[-2]["sample"]
+
+
+def test_train_detaches(run: Callable[..., Result], folder: Path) -> None:
+    done = run("train", folder, "--name", "otto", "--instance-prompt", "x", "--detach")
+    assert done.exit_code == 0
+    assert "atelier trainings watch otto-k3f9" in done.stderr
+    assert "checkpoint" not in done.stdout
+
+
+def test_an_empty_folder_is_refused(run: Callable[..., Result], server: Any, tmp_path: Path) -> None:
+    done = run("train", tmp_path, "--name", "otto", "--instance-prompt", "x")
+    assert done.exit_code == 1
+    assert "holds no pictures" in done.stderr
+    assert not server.script.uploads
+
+
+def test_adapters(run: Callable[..., Result], server: Any, tmp_path: Path) -> None:
+    assert "zoe" in run("adapters", "list").stdout
+    listed = json.loads(run("adapters", "list", "--json").stdout)
+    assert [adapter["name"] for adapter in listed["adapters"]] == ["bolt", "otto", "zoe"]
+    assert listed["adapters"][0]["checkpoints"][0]["size_bytes"] == "1536"
+    assert "otto@6  (recommended)" in run("adapters", "show", "otto").stdout
+    assert json.loads(run("adapters", "show", "otto", "--json").stdout)["recommended_step"] == 6
+    assert run("adapters", "load", "otto").stdout == "otto@6 loaded\n"
+    assert json.loads(run("adapters", "load", "otto", "--json").stdout)["loaded"] is True
+    assert json.loads(run("adapters", "unload", "otto", "--json").stdout) == {"unloaded": 2}
+    assert json.loads(run("adapters", "delete", "otto", "--json").stdout) == {}
+    source = tmp_path / "a.safetensors"
+    source.write_bytes(b"weights")
+    assert "32 layers, kohya" in run("adapters", "import", source, "--name", "zoe").stdout
+    assert run("adapters", "import", tmp_path / "none", "--name", "zoe").exit_code == 1
+    imported = json.loads(run("adapters", "import", source, "--name", "zoe", "--json").stdout)
+    assert imported["adapter"]["name"] == "zoe"
+
+
+def test_export(run: Callable[..., Result], server: Any, tmp_path: Path) -> None:
+    damaged = run("adapters", "export", "otto", "-o", "b.safetensors")
+    assert damaged.exit_code == 1
+    assert "DATA_LOSS" in damaged.stderr
+    server.script.export_digest = hashlib.sha256(server.script.export).hexdigest()
+    done = run("adapters", "export", "otto", "-o", "a.safetensors", "--format", "kohya", "--json")
+    assert json.loads(done.stdout)["path"] == "a.safetensors"
+    assert (tmp_path / "a.safetensors").read_bytes() == b"weights"
+
+
+def test_trainings(run: Callable[..., Result]) -> None:
+    assert "otto-k3f9" in run("trainings", "list").stdout
+    assert json.loads(run("trainings", "list", "--json").stdout)["trainings"][0]["id"] == "otto-k3f9"
+    assert json.loads(run("trainings", "show", "otto", "--json").stdout)["recipe"]["rank"] == 8
+    assert "running" in run("trainings", "show", "otto").stdout
+    assert "cancelled" in run("trainings", "cancel", "otto").stdout
+    assert "queued" in run("trainings", "resume", "otto").stdout
+    assert run("trainings", "delete", "otto").exit_code == 0
+    watched = run("trainings", "watch", "otto-k3f9", "--after-seq", 8, "--json").stdout.splitlines()
+    assert [json.loads(line)["seq"] for line in watched] == ["9", "10"]
+
+
+def test_info_exits_0_only_when_ready(run: Callable[..., Result], server: Any) -> None:
+    assert run("info").exit_code == 0
+    server.script.ready = False
+    done = run("info")
+    assert done.exit_code == 1
+    assert "not ready: loading pocket" in done.stdout
+    told = run("info", "--json")
+    assert told.exit_code == 1
+    assert json.loads(told.stdout)["ready"] is False
+    server.stop()
+    away = run("info")
+    assert away.exit_code == 1
+    assert away.stderr.startswith("error: UNAVAILABLE")
+
+
+def test_an_unknown_adapter_is_one_line(
+    run: Callable[..., Result], server: Any, make_refusal: Callable[..., grpc.Status]
+) -> None:
+    info = error_details_pb2.ErrorInfo(reason="ADAPTER_NOT_FOUND", domain="atelier")
+    server.script.refuse = make_refusal(grpc.StatusCode.NOT_FOUND, "no adapter 'nobody'", info)
+    done = run("adapters", "show", "nobody")
+    assert (done.exit_code, done.stderr) == (1, "error: NOT_FOUND ADAPTER_NOT_FOUND: no adapter 'nobody'\n")
+
+
+# ------------------------------------------------------------------------------------------------- serve
+def test_serve_becomes_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda path, arguments: called.append(arguments))
+    assert CliRunner().invoke(cli, ["serve", "--help", "--port", "0"]).exit_code == 0
+    assert called == [[sys.executable, "-m", "atelier_server", "--help", "--port", "0"]]
+
+
+def test_serve_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["atelier.cli.serve"], "NEEDED", ("surely_not_installed",))
+    done = CliRunner().invoke(cli, ["serve"])
+    assert done.exit_code == 1
+    assert "pip install 'atelier[server]'" in done.stderr
+
+
+# --------------------------------------------------------------------------------------------- a process
+def test_help_is_fast() -> None:
+    times = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        done = subprocess.run([ATELIER, "--help"], capture_output=True, text=True, check=True)
+        times.append(time.perf_counter() - begun)
+        assert "generate" in done.stdout
+    assert min(times) < 1.0
+
+
+def test_exit_codes_of_the_process(server: Any, tmp_path: Path) -> None:
+    def code(*arguments: str) -> int:
+        return subprocess.run(
+            [ATELIER, *arguments], check=False, capture_output=True, cwd=tmp_path
+        ).returncode
+
+    assert code("generate", "x", "--server", server.address) == 0
+    assert code("info", "--server", "127.0.0.1:1") == 1
+    assert code("generate") == 2
+
+
+def test_ctrl_c_detaches_and_says_how_to_come_back(server: Any, folder: Path) -> None:
+    server.script.pause_after = 3
+    process = subprocess.Popen(
+        [ATELIER, "train", str(folder), "--name", "otto", "--instance-prompt", "x"],
+        env={**os.environ, "ATELIER_SERVER": server.address},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("training otto-k3f9")
+    assert server.script.paused.wait(20)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 0, said
+    assert "atelier trainings watch otto-k3f9" in said
