@@ -1,0 +1,93 @@
+"""The worker's loop and runner in this process: Atelier without its front."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from queue import SimpleQueue
+
+from atelier_server.core import (
+    AdapterUse,
+    Event,
+    GenerationCompleted,
+    GenerationJob,
+    ImageReady,
+    JobFailed,
+    Mode,
+    Submit,
+    WorkerSettings,
+)
+from atelier_server.engine.loop import Loop, Message
+from atelier_server.engine.trainings import SampleDefaults
+from atelier_server.workers.runner import TorchRunner
+
+
+class Desk:
+    """Submits generations and turns the loop until they are all done."""
+
+    def __init__(self, model: str, data_dir: Path, *, slots: int = 16, max_rank: int = 16) -> None:
+        self.runner = TorchRunner(
+            WorkerSettings(
+                model=model,
+                device="cpu",
+                dtype="auto",
+                data_dir=str(data_dir),
+                slots=slots,
+                threads=1,
+                max_lora_rank=max_rank,
+                max_adapters_per_image=4,
+            )
+        )
+        self._events: list[Event] = []
+        self._inbox: SimpleQueue[Message] = SimpleQueue()
+        self.loop = Loop(
+            runner=self.runner,
+            inbox=self._inbox,
+            emit=self._events.append,
+            slots=slots,
+            sample_defaults=SampleDefaults(64, 64, "ddim"),
+        )
+
+    def publish(self, files: Sequence[Path]) -> list[AdapterUse]:
+        """Imports adapter files into the store."""
+        uses = []
+        for file in files:
+            checkpoint, _, _ = self.runner.import_adapter(str(file), file.stem, False, "")
+            record = self.runner.store.last_checkpoint(checkpoint.name, checkpoint.version)
+            assert record is not None
+            uses.append(AdapterUse(checkpoint, 1.0, record.path, record.sha256))
+        return uses
+
+    def generate(self, jobs: Sequence[GenerationJob]) -> dict[str, list[bytes]]:
+        """The pictures of every job, in order."""
+        self._events.clear()
+        for job in jobs:
+            self._inbox.put(Submit(job))
+        while sum(isinstance(event, GenerationCompleted) for event in self._events) < len(jobs):
+            self.loop.turn()
+            if failed := [event for event in self._events if isinstance(event, JobFailed)]:
+                raise RuntimeError(failed[0].message)
+        pictures: dict[str, list[bytes]] = {job.id: [] for job in jobs}
+        for event in self._events:
+            if isinstance(event, ImageReady):
+                pictures[event.job_id].append(event.data)
+        return pictures
+
+
+def job(job_id: str, prompt: str, *adapters: AdapterUse, steps: int, seed: int) -> GenerationJob:
+    """A guided 64-pixel picture."""
+    return GenerationJob(
+        id=job_id,
+        prompt=prompt,
+        negative_prompt="",
+        adapters=adapters,
+        seed=seed,
+        num_images=1,
+        num_inference_steps=steps,
+        guidance_scale=5.0,
+        scheduler="ddim",
+        width=64,
+        height=64,
+        mode=Mode.FAST,
+        bucket=0,
+    )

@@ -1,0 +1,217 @@
+"""A worker without a device, for contract tests: it speaks the wire and does what prompts tell it to.
+
+Generations: hold (wait until cancelled or released; alone it is done at once), release (finish those held), crash (die), crash-once,
+image-crash-once (die after the first picture), fail, big (3 MiB pictures). Trainings, by instance prompt:
+hold, crash, crash-once, nan, silent-crash-once (publish without saying so, then die).
+A picture's bytes are JSON that tells what the worker has seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from atelier_server import core
+from atelier_server.adapters.store import AdapterStore
+from atelier_server.workers import wire
+
+BASE = core.BaseInfo(
+    reference="fake",
+    family="sd1",
+    sha256="0" * 64,
+    native_width=64,
+    native_height=64,
+    prediction_type="epsilon",
+    default_scheduler="ddim",
+    max_prompt_tokens=77,
+    num_parameters=1_000_000,
+    device="cpu",
+    device_description="nothing",
+    dtype="float32",
+    memory_total_bytes=1000,
+    versions=(("torch", "none"),),
+)
+
+
+class FakeWorker:
+    def __init__(self, descriptor: int) -> None:
+        self.stream = socket.socket(fileno=descriptor).makefile("rwb")
+        settings = wire.read(self.stream)
+        self.data_dir = Path(settings.data_dir)
+        self.store = AdapterStore(self.data_dir / "adapters")
+        self.resident: set[core.CheckpointId] = set()
+        self.held: dict[str, core.GenerationJob | core.TrainingJob] = {}
+        self.seen = {"submitted": 0, "cancelled": 0}
+        if settings.model == "broken":
+            self.say(core.WorkerFailed("UNSUPPORTED_FORMAT", "there is no such model"))
+            sys.exit(1)
+        self.say(core.WorkerReady(BASE, settings.slots))
+
+    def say(self, *events: core.Event) -> None:
+        for event in events:
+            self.stream.write(wire.frame(event))
+        self.stream.flush()
+
+    def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def first_time(self, marker: str) -> bool:
+        path = self.data_dir / f"{marker}.marker"
+        fresh = not path.exists()
+        path.touch()
+        return fresh
+
+    def run(self) -> None:
+        while True:
+            match wire.read(self.stream):
+                case core.Submit(core.GenerationJob() as job):
+                    self.seen["submitted"] += 1
+                    self.generate(job)
+                case core.Submit(core.TrainingJob() as job):
+                    self.train(job)
+                case core.Cancel(job_id):
+                    self.cancel(job_id)
+                case core.Drain():
+                    sys.exit(0)
+                case call:
+                    self.answer(call)
+
+    def cancel(self, job_id: str) -> None:
+        job = self.held.pop(job_id, None)
+        if isinstance(job, core.GenerationJob):
+            self.seen["cancelled"] += 1
+            self.say(core.JobCancelled(job_id))
+        elif job is not None:
+            step = job.resume_step + 3
+            self.publish(job, step)
+            self.say(core.TrainingCompleted(job_id, core.State.CANCELLED, step, 1.0))
+
+    # -------------------------------------------------------------------------------------- generations
+    def generate(self, job: core.GenerationJob) -> None:
+        self.say(core.Queued(job.id, 0), core.Progress(job.id, 1, job.num_inference_steps))
+        if job.prompt == "hold" and not job.alone:
+            self.held[job.id] = job
+            return
+        if job.prompt == "crash" or (job.prompt == "crash-once" and self.first_time("crash")):
+            self.die()
+        if job.prompt == "fail":
+            self.say(core.JobFailed(job.id, "NONFINITE_IMAGE", "not a number", (("index", "0"),)))
+            return
+        if job.prompt == "release":
+            for held in list(self.held.values()):
+                if isinstance(held, core.GenerationJob):
+                    self.finish(self.held.pop(held.id))
+        self.finish(job)
+
+    def finish(self, job: core.GenerationJob) -> None:
+        for step in range(2, job.num_inference_steps + 1):
+            self.say(core.Progress(job.id, step, job.num_inference_steps))
+        for i in range(job.num_images):
+            data = json.dumps({**self.seen, "alone": job.alone, "steps": job.num_inference_steps}).encode()
+            if job.prompt == "big":
+                data = bytes(range(256)) * 4096 * 3
+            self.say(core.ImageReady(job.id, i, job.seed + i, "image/png", data))
+            if job.prompt == "image-crash-once" and self.first_time("image"):
+                self.die()
+        self.say(core.Sample("images_total", job.num_images))
+        self.say(core.GenerationCompleted(job.id, core.Timings(total_seconds=1.0), 2))
+
+    # ---------------------------------------------------------------------------------------- trainings
+    def train(self, job: core.TrainingJob) -> None:
+        recipe, script = job.recipe, job.recipe.instance_prompt
+        assert all(Path(image.path).is_file() for image in job.images)
+        self.say(core.TrainingStarted(job.id, job.resume_step))
+        if script == "hold":
+            self.held[job.id] = job
+        for step in range(job.resume_step + 1, recipe.max_train_steps + 1):
+            self.say(core.TrainingProgress(job.id, step, recipe.max_train_steps, 0.5, 1e-4, 1.0))
+            self.say(core.Sample("train_step_seconds", 0.5))
+            if script == "crash" or (script == "crash-once" and step == 7 and self.first_time("train")):
+                self.die()
+            if script == "nan" and step == 6:
+                self.say(core.JobFailed(job.id, "NONFINITE_LOSS", "loss is NaN", (("step", "6"),)))
+                return
+            if step % recipe.checkpointing_steps == 0 or step == recipe.max_train_steps:
+                silent = script == "silent-crash-once" and self.first_time("silent")
+                self.publish(job, step, silent=silent)
+                if silent:
+                    self.die()
+            if script == "hold" and step == recipe.checkpointing_steps:
+                return
+        self.say(core.TrainingCompleted(job.id, core.State.SUCCEEDED, recipe.max_train_steps, 2.0))
+
+    def publish(self, job: core.TrainingJob, step: int, *, silent: bool = False) -> None:
+        checkpoint = core.CheckpointId(job.name, job.version, step)
+        record = self.store.publish(
+            checkpoint,
+            lambda folder: (folder / "adapter.safetensors").write_bytes(f"{checkpoint}".encode()) and None,
+            loss=0.25,
+            rank=job.recipe.rank,
+            lora_alpha=job.recipe.lora_alpha,
+        )
+        if silent:
+            return
+        self.say(core.CheckpointPublished(job.id, checkpoint, record.sha256, record.size_bytes, 0.25))
+        for i, prompt in enumerate(job.recipe.validation_prompts):
+            if (step, i) not in job.sampled:
+                self.say(core.SampleReady(job.id, step, i, prompt, 42, "image/png", b"sample %d" % step))
+
+    # -------------------------------------------------------------------------------------------- calls
+    def answer(self, call: core.Command) -> None:
+        match call:
+            case core.LoadAdapter(call_id, use):
+                fresh = use.checkpoint not in self.resident
+                self.resident.add(use.checkpoint)
+                self.beat()
+                self.say(core.AdapterLoaded(call_id, fresh))
+            case core.UnloadAdapter(call_id, checkpoints):
+                freed = self.resident & set(checkpoints)
+                self.resident -= freed
+                self.beat()
+                self.say(core.AdaptersUnloaded(call_id, len(freed)))
+            case core.ImportAdapter(call_id, path, name, new_version, trigger):
+                self.adopt(call_id, Path(path), name, new_version, trigger)
+            case core.ExportAdapter(call_id, use, layout, path):
+                if layout == "kohya":
+                    self.die()
+                shutil.copyfile(use.path, path)
+                data = Path(path).read_bytes()
+                self.say(core.AdapterExported(call_id, path, len(data), hashlib.sha256(data).hexdigest()))
+
+    def adopt(self, call_id: str, path: Path, name: str, new_version: bool, trigger: str) -> None:
+        if path.read_bytes().startswith(b"bad"):
+            self.say(core.CallFailed(call_id, "ADAPTER_MISMATCH", "layer x does not fit"))
+            return
+        meta = self.store.create_version(
+            name=name,
+            trigger=trigger,
+            base_model="fake",
+            base_sha256="0" * 64,
+            training="",
+            new_version=new_version,
+        )
+        checkpoint = core.CheckpointId(name, meta.version, 0)
+        self.store.publish(
+            checkpoint,
+            lambda folder: shutil.copyfile(path, folder / "adapter.safetensors") and None,
+            loss=None,
+            rank=4,
+            lora_alpha=4.0,
+        )
+        self.say(core.AdapterImported(call_id, checkpoint, "diffusers", 7))
+
+    def beat(self) -> None:
+        self.say(core.Heartbeat(0, 0, 0, tuple(sorted(self.resident)), 10, 20, 30, (("unet", 5),)))
+
+
+if __name__ == "__main__":
+    try:
+        FakeWorker(int(sys.argv[1])).run()
+    except EOFError:
+        sys.exit(0)

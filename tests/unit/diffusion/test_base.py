@@ -1,0 +1,119 @@
+"""Loading bases from what users have, and saying clearly what is not supported."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from atelier_server import pocket
+from atelier_server.diffusion.base import BaseModel, load_base
+from atelier_server.diffusion.families import UnsupportedModel
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPTokenizer
+
+from tests.ldm import write_single_file
+
+
+@pytest.fixture(scope="module")
+def base() -> BaseModel:
+    return load_base("pocket", "cpu")
+
+
+def copy_of_pocket(folder: Path) -> Path:
+    return Path(shutil.copytree(pocket.path(), folder, ignore=shutil.ignore_patterns("*.py", "__pycache__")))
+
+
+def equal_weights(one: BaseModel, other: BaseModel) -> bool:
+    return all(
+        torch.equal(tensor, getattr(other, part).state_dict()[name])
+        for part in ("unet", "vae", "text_encoder")
+        for name, tensor in getattr(one, part).state_dict().items()
+    )
+
+
+def test_pocket_is_frozen_and_knows_its_sizes(base: BaseModel) -> None:
+    assert (base.family.name, base.native_width, base.native_height) == ("sd1", 64, 64)
+    assert base.latent_shape(128, 64) == (4, 16, 32)
+    assert not any(p.requires_grad for p in base.unet.parameters())
+    assert not base.unet.training
+    assert base.dtype == torch.float32
+    assert len(base.sha256) == 64
+
+
+def test_a_folder_is_loaded_like_pocket(base: BaseModel, tmp_path: Path) -> None:
+    loaded = load_base(str(copy_of_pocket(tmp_path / "model")), "cpu")
+    assert loaded.sha256 == base.sha256
+    assert equal_weights(base, loaded)
+
+
+def test_a_half_precision_variant_is_found(base: BaseModel, tmp_path: Path) -> None:
+    folder = copy_of_pocket(tmp_path / "model")
+    for file in folder.glob("*/*.safetensors"):
+        file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+    assert equal_weights(base, load_base(str(folder), "cpu"))
+
+
+def test_a_single_file_takes_its_configs_from_the_folder_beside_it(base: BaseModel, tmp_path: Path) -> None:
+    folder = copy_of_pocket(tmp_path / "model")
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    for weights in folder.glob("*/*.safetensors"):
+        weights.unlink()
+    write_single_file(pipeline, tmp_path / "model.safetensors")
+    loaded = load_base(str(tmp_path / "model.safetensors"), "cpu")
+    assert equal_weights(base, loaded)
+    assert loaded.encode_prompt("a red cat").equal(base.encode_prompt("a red cat"))
+
+
+def test_what_is_not_supported_is_named(tmp_path: Path) -> None:
+    folder = copy_of_pocket(tmp_path / "model")
+    config = folder / "unet" / "config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "in_channels": 9}))
+    with pytest.raises(UnsupportedModel, match="its U-Net has in_channels=9 instead of 4"):
+        load_base(str(folder), "cpu")
+    config.write_text(json.dumps(content))
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "FluxPipeline"))
+    with pytest.raises(UnsupportedModel, match="its pipeline is FluxPipeline"):
+        load_base(str(folder), "cpu")
+    index.unlink()
+    with pytest.raises(UnsupportedModel, match=r"model_index\.json is missing; found: .*unet"):
+        load_base(str(folder), "cpu")
+
+
+def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
+    folder = copy_of_pocket(tmp_path / "model")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(UnsupportedModel, match="pickled weights are not read"):
+        load_base(str(folder), "cpu")
+
+
+@pytest.mark.parametrize("reference", ["/no/such/folder", "./nothing.safetensors"])
+def test_what_is_not_there_is_named(reference: str) -> None:
+    with pytest.raises(UnsupportedModel, match="there is no such"):
+        load_base(reference, "cpu")
+
+
+def test_the_tokenizer_knows_its_words(base: BaseModel) -> None:
+    """CLIPTokenizer(vocab_file=) silently has two tokens: what is loaded must not be that."""
+    assert isinstance(base.tokenizer, CLIPTokenizer)
+    ids = base.tokenizer("a red octopus on a beach").input_ids
+    assert len(base.tokenizer) > 2000
+    assert base.tokenizer.unk_token_id not in ids[1:-1]
+    assert len(set(ids[1:-1])) == 5
+
+
+def test_text_and_pictures_are_encoded_alone(base: BaseModel) -> None:
+    once = base.encode_prompt("a red octopus")
+    base.encode_prompt("something else")
+    assert once.shape == (base.max_prompt_tokens, base.unet.config.cross_attention_dim)
+    assert torch.equal(once, base.encode_prompt("a red octopus"))
+    mean, std = base.encode_image(torch.zeros(3, 64, 64))
+    assert mean.shape == std.shape == base.latent_shape(64, 64)
+    pixels = base.decode_latents(mean)
+    assert pixels.shape == (3, 64, 64)
+    assert float((pixels - 0.5).abs().mean()) < 0.1

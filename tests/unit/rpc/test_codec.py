@@ -1,0 +1,157 @@
+"""Whatever comes over the wire is a valid job or an InvalidRequest, never another error."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from atelier.v1 import generation_pb2, training_pb2
+from atelier_server.config import Limits
+from atelier_server.core import ROW_BUCKETS, SCHEDULERS, BaseInfo, Mode
+from atelier_server.errors import InvalidRequest, Violation
+from atelier_server.rpc import status
+from atelier_server.rpc.codec import pages
+from atelier_server.rpc.codec.checks import Checks
+from atelier_server.rpc.codec.generation import decode_generate
+from atelier_server.rpc.codec.training import decode_start
+from hypothesis import given
+from hypothesis import strategies as st
+
+LIMITS = Limits()
+BASE = BaseInfo(
+    "fake", "sd1", "0" * 64, 64, 48, "epsilon", "pndm", 77, 1000, "cpu", "", "float32", 0, (("torch", "2"),)
+)
+ints = st.one_of(st.integers(-(2**31), 2**31 - 1), st.integers(-1, 64))
+floats = st.one_of(st.floats(), st.floats(0, 2))
+texts = st.one_of(st.text(max_size=20), st.sampled_from(["otto", "otto@750:0.8", "../x", *SCHEDULERS]))
+
+
+def message(cls: type, **fields: st.SearchStrategy) -> st.SearchStrategy:
+    """Messages of `cls` with any of the fields set."""
+    return st.fixed_dictionaries({}, optional=fields).map(lambda values: cls(**values))
+
+
+requests = message(
+    generation_pb2.GenerateRequest,
+    request_id=st.one_of(texts, st.uuids().map(str)),
+    prompt=texts,
+    negative_prompt=texts,
+    adapters=st.lists(message(generation_pb2.AdapterSelection, adapter=texts), max_size=6),
+    seed=st.integers(0, 2**64 - 1),
+    num_images=ints,
+    num_inference_steps=ints,
+    guidance_scale=floats,
+    scheduler=texts,
+    width=ints,
+    height=ints,
+    reproducibility=st.integers(0, 5),
+    batch_bucket=ints,
+    image_format=st.integers(0, 5),
+)
+recipes = message(
+    training_pb2.TrainingRecipe,
+    name=texts,
+    instance_prompt=texts,
+    new_version=st.booleans(),
+    num_images=ints,
+    method=st.one_of(texts, st.just("lora")),
+    max_train_steps=ints,
+    learning_rate=floats,
+    lr_scheduler=texts,
+    lr_warmup_steps=ints,
+    train_batch_size=ints,
+    rank=ints,
+    lora_alpha=floats,
+    resolution=ints,
+    seed=st.integers(0, 2**64 - 1),
+    checkpointing_steps=ints,
+    validation_prompts=st.lists(texts, max_size=20),
+    validation_steps=ints,
+    adam_beta1=floats,
+    adam_epsilon=floats,
+    max_grad_norm=floats,
+    snr_gamma=floats,
+    caption_dropout=floats,
+)
+
+
+@given(requests)
+def test_any_generate_request_is_a_valid_job_or_refused(request: generation_pb2.GenerateRequest) -> None:
+    try:
+        draft = decode_generate(request, LIMITS, BASE)
+    except InvalidRequest as error:
+        assert error.violations
+        return
+    job = draft.job
+    assert job.width % 8 == job.height % 8 == 0
+    assert 8 <= job.width <= LIMITS.max_width
+    assert 1 <= job.num_images <= LIMITS.max_num_images
+    assert 1 <= job.num_inference_steps <= LIMITS.max_inference_steps
+    assert math.isfinite(job.guidance_scale)
+    assert job.scheduler in SCHEDULERS
+    assert job.seed + job.num_images - 1 < 2**64
+    assert job.bucket in ROW_BUCKETS if job.mode is Mode.STRICT else job.bucket == 0
+    assert len(draft.refs) == len(request.adapters)
+    assert all(math.isfinite(ref.weight) for ref in draft.refs)
+
+
+@given(recipes, st.one_of(texts, st.uuids().map(str)))
+def test_any_recipe_is_valid_or_refused(recipe: training_pb2.TrainingRecipe, request_id: str) -> None:
+    try:
+        draft = decode_start(
+            training_pb2.TrainRequest.Start(recipe=recipe, request_id=request_id), LIMITS, BASE
+        )
+    except InvalidRequest as error:
+        assert error.violations
+        return
+    valid = draft.recipe
+    assert 1 <= valid.rank <= LIMITS.max_lora_rank
+    assert valid.resolution % 8 == 0
+    assert 0 < valid.learning_rate < math.inf
+    assert valid.lora_alpha > 0
+
+
+def test_defaults_are_the_contract() -> None:
+    job = decode_generate(generation_pb2.GenerateRequest(), LIMITS, BASE).job
+    assert (job.num_images, job.num_inference_steps, job.guidance_scale) == (1, 50, 7.5)
+    assert (job.width, job.height, job.scheduler, job.bucket) == (64, 48, "pndm", 0)
+    strict = generation_pb2.GenerateRequest(reproducibility=generation_pb2.REPRODUCIBILITY_STRICT)
+    assert decode_generate(strict, LIMITS, BASE).job.bucket == 8
+    recipe = training_pb2.TrainingRecipe(name="otto", instance_prompt="x", num_images=1, rank=4)
+    draft = decode_start(training_pb2.TrainRequest.Start(recipe=recipe), LIMITS, BASE)
+    assert (draft.recipe.lora_alpha, draft.recipe.resolution, draft.recipe.max_train_steps) == (4.0, 48, 500)
+
+
+def test_zero_is_not_unset() -> None:
+    request = generation_pb2.GenerateRequest(seed=0, guidance_scale=0.0)
+    job = decode_generate(request, LIMITS, BASE).job
+    assert (job.seed, job.guidance_scale, job.guided) == (0, 0.0, False)
+    with pytest.raises(InvalidRequest, match="num_inference_steps: 0 is not between 1 and 200"):
+        decode_generate(generation_pb2.GenerateRequest(num_inference_steps=0), LIMITS, BASE)
+
+
+def test_the_body_hash_covers_all_but_the_id() -> None:
+    def hashed(**fields: object) -> str:
+        return decode_generate(generation_pb2.GenerateRequest(**fields), LIMITS, BASE).body_hash
+
+    id_ = "00000000-0000-4000-8000-000000000000"
+    assert hashed(prompt="a", request_id=id_) == hashed(prompt="a")
+    assert hashed(prompt="a", seed=0) != hashed(prompt="a")
+
+
+@given(st.text(max_size=40))
+def test_any_page_token_is_a_key_or_refused(token: str) -> None:
+    checks = Checks()
+    key = pages.page_key(checks, "trainings", token, (int,))
+    assert key is None
+    assert bool(checks.violations) == bool(token)
+    given_key = pages.page_token("trainings", [5])
+    assert pages.page_key(checks, "trainings", given_key, (int,)) == [5]
+
+
+@given(st.integers(1, 500), st.integers(0, 3000))
+def test_details_stay_small(count: int, length: int) -> None:
+    error = InvalidRequest.of([Violation("f" * 50, "ä" * length) for _ in range(count)])
+    message_text, trailers = status.trailers(error)
+    assert len(message_text) <= 400
+    assert sum(len(value) for _, value in trailers) < 8192

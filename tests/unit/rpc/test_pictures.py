@@ -1,0 +1,56 @@
+"""Pictures at the door."""
+
+from __future__ import annotations
+
+import io
+import struct
+
+import pytest
+from atelier_server.rpc.pictures import examine
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+
+def encoded(format: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    Image.effect_noise((40, 30), 50).convert("RGB").save(file, format, **options)
+    return file.getvalue()
+
+
+CASES = [
+    ("PNG", {}),
+    ("JPEG", {}),
+    ("WEBP", {}),
+    ("WEBP", {"lossless": True}),
+    ("WEBP", {"exif": b"Exif\0\0"}),
+]
+
+
+@pytest.mark.parametrize(("format", "options"), CASES)
+def test_good_pictures_pass_and_their_header_is_believed(format: str, options: dict) -> None:
+    data = encoded(format, **options)
+    verdict = examine(data, 40 * 30)
+    assert (verdict.suffix, verdict.problem) == (format.lower(), "")
+    assert examine(data, 40 * 30 - 1).problem.startswith("is 40 x 30;")
+
+
+@pytest.mark.parametrize(("format", "options"), CASES)
+def test_cut_pictures_are_refused(format: str, options: dict) -> None:
+    data = encoded(format, **options)
+    for size in (3, 12, 20, 40, len(data) // 2):
+        assert examine(data[:size], 10**6).problem
+
+
+def test_a_bomb_is_refused_by_its_header() -> None:
+    bomb = encoded("PNG")
+    bomb = bomb[:16] + struct.pack(">II", 20_000, 20_000) + bomb[24:]
+    assert examine(bomb, 50_000_000).problem.startswith("is 20000 x 20000;")
+
+
+@given(
+    st.binary(max_size=200),
+    st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF____WEBPVP8X"]),
+)
+def test_garbage_never_raises(data: bytes, magic: bytes) -> None:
+    assert examine(magic + data, 10**6).problem
