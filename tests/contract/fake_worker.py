@@ -1,6 +1,7 @@
 """A worker without a device, for contract tests: it speaks the wire and does what prompts tell it to.
 
-Generations: hold (wait until cancelled or released; alone it is done at once), release (finish those held), crash (die), crash-once,
+Generations: hold (wait until cancelled or released; alone it is done at once),
+release (finish those held), crash (die), crash-once,
 image-crash-once (die after the first picture), fail, big (3 MiB pictures). Trainings, by instance prompt:
 hold, crash, crash-once, nan, silent-crash-once (publish without saying so, then die).
 A picture's bytes are JSON that tells what the worker has seen.

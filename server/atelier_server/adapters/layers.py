@@ -222,7 +222,8 @@ class LayerSlots:
     def gather(self, index: Tensor, factors: Tensor, rows: int) -> RowDelta:
         """Packs ranks `index` [b*R] with their `factors` [b*R,1] (float32)."""
         a = self.A.index_select(0, index)
-        bt = (self.Bt.index_select(0, index).float() * factors).to(self.Bt.dtype)
+        bt = self.Bt.index_select(0, index)
+        bt = bt.mul_(factors) if bt.dtype == factors.dtype else (bt.float() * factors).to(bt.dtype)
         if a.dim() == 2:
             a = a.reshape(rows, -1, a.shape[1])
         return RowDelta(a, bt.reshape(rows, -1, bt.shape[1]))

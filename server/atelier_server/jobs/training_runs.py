@@ -7,13 +7,10 @@ worker events, losses of the worker, and the calls of users.
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
 
 from atelier_server.adapters.store import AdapterStore, CheckpointRecord
 from atelier_server.core import (
@@ -31,7 +28,8 @@ from atelier_server.core import (
     TrainingStarted,
     TrainingWarning,
 )
-from atelier_server.errors import AdapterNotFound, AtelierError, CrashLoop, StorageFull
+from atelier_server.errors import AdapterNotFound, AtelierError, CrashLoop
+from atelier_server.jobs.lane import Lane
 from atelier_server.jobs.records import (
     Checkpointed,
     Completed,
@@ -42,6 +40,7 @@ from atelier_server.jobs.records import (
     Warned,
 )
 from atelier_server.jobs.training_log import TrainingLog
+from atelier_server.jobs.training_run import Run
 from atelier_server.metrics import Metrics
 
 TrainingEvent = (
@@ -53,31 +52,11 @@ TrainingEvent = (
     | TrainingCompleted
     | JobFailed
 )
-T = TypeVar("T")
-_log = logging.getLogger(__name__)
-_PROGRESS_SECONDS = 0.25  # at most four progress events a second and training
 _CRASHES = 3
-_RETRY_SECONDS = 1.0
-
-
-@dataclass(slots=True, eq=False)
-class Run:
-    """What the front knows of a training beyond its record. `step` is the last the worker told."""
-
-    id: str
-    adapter: str
-    version: int
-    step: int = 0
-    submitted: bool = False
-    started: bool = False
-    held: TrainingProgress | None = None
-    timer: asyncio.TimerHandle | None = None
-    shown_at: float = -math.inf
-    checkpoints: set[int] = field(default_factory=set)
 
 
 class TrainingRuns:
-    """`send` hands a command to the worker; it never blocks."""
+    """`send` hands a command to the worker; it never blocks. `lane` orders all that happens."""
 
     def __init__(
         self, log: TrainingLog, store: AdapterStore, send: Callable[[Command], None], metrics: Metrics
@@ -88,26 +67,22 @@ class TrainingRuns:
         self._send = send
         self._metrics = metrics
         self._runs: dict[str, Run] = {}
-        self._lane: asyncio.Queue[Callable[[], Awaitable[None]] | None] = asyncio.Queue()
+        self.lane = Lane()
         self._ready = False
-        self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Takes up what a former server left unfinished."""
         await self._book.do(self._book.interrupt_running, "SERVER_RESTARTED")
         for record in await self._book.do(self._book.unfinished):
-            self._runs[record.id] = Run(record.id, record.adapter, record.version, record.step)
+            self._runs[record.id] = self._run(record)
         await self._count()
-        self._task = asyncio.create_task(self._drive(), name="training-lane")
+        self.lane.start()
 
     async def stop(self) -> None:
         """Writes down what has come, then ends. Idempotent."""
         for run in self._runs.values():
-            self._flush(run)
-        if self._task is not None:
-            self._lane.put_nowait(None)
-            await self._task
-            self._task = None
+            run.flush()
+        await self.lane.stop()
 
     def knows(self, training: str) -> bool:
         return training in self._runs
@@ -127,30 +102,34 @@ class TrainingRuns:
         if run is None:
             return
         if isinstance(event, TrainingProgress):
-            run.step = event.step
-            self._coalesce(run, event)
+            run.progress(event)
             return
         if isinstance(event, TrainingStarted):
             run.started, run.step = True, event.from_step
-        self._flush(run)
-        self._lane.put_nowait(partial(self._write, run, event))
+        run.flush()
+        self.lane.put(partial(self._write, run, event))
 
     def worker_ready(self) -> None:
-        self._lane.put_nowait(self._submit_all)
+        self.lane.put(self._submit_all)
 
     def worker_lost(self, blameless: bool) -> None:
         """`blameless`: a generation on its last try is known to have been at work; nobody is counted."""
         for run in self._runs.values():
-            self._flush(run)
-        self._lane.put_nowait(partial(self._interrupted, blameless))
+            run.flush()
+        self.lane.put(partial(self._interrupted, blameless))
 
     async def add(self, record: TrainingRecord) -> None:
         """A training that has just been written down or queued again."""
-        run = Run(record.id, record.adapter, record.version, record.step)
-        self._runs[run.id] = run
+        run = self._runs[record.id] = self._run(record)
         await self._count()
         if self._ready:
             await self._submit(run)
+
+    def _run(self, record: TrainingRecord) -> Run:
+        return Run(record.id, record.adapter, record.version, record.step, self._show)
+
+    def _show(self, run: Run, event: TrainingProgress) -> None:
+        self.lane.put(partial(self._write, run, event))
 
     async def cancel(self, training: str) -> None:
         """Call in the lane. A training that no worker has is ended here."""
@@ -161,60 +140,7 @@ class TrainingRuns:
         else:
             await self._end(run, State.CANCELLED)
 
-    async def in_lane(self, function: Callable[[], Awaitable[T]]) -> T:
-        """Runs `function` when everything that came before it is done."""
-        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-
-        async def run() -> None:
-            try:
-                result = await function()
-            except Exception as error:
-                if not answer.cancelled():
-                    answer.set_exception(error)
-            else:
-                if not answer.cancelled():
-                    answer.set_result(result)
-
-        self._lane.put_nowait(run)
-        return await answer
-
     # ----------------------------------------------------------------------------------------- the lane
-    async def _drive(self) -> None:
-        while (item := await self._lane.get()) is not None:
-            try:
-                await self._persist(item)
-            except Exception:
-                _log.exception("an event of a training could not be written")
-
-    async def _persist(self, item: Callable[[], Awaitable[None]]) -> None:
-        """A full disk stops the log, it does not tear it: the event is written when there is space."""
-        for attempt in range(60):
-            try:
-                return await item()
-            except (StorageFull, OSError) as error:
-                _log.error("the book of trainings cannot be written (try %d): %s", attempt + 1, error)
-                await asyncio.sleep(_RETRY_SECONDS)
-        return None
-
-    def _coalesce(self, run: Run, event: TrainingProgress) -> None:
-        loop = asyncio.get_running_loop()
-        run.held = event
-        wait = run.shown_at + _PROGRESS_SECONDS - loop.time()
-        if wait <= 0:
-            self._flush(run)
-        elif run.timer is None:
-            run.timer = loop.call_later(wait, self._flush, run)
-
-    def _flush(self, run: Run) -> None:
-        """Sends the progress that was held back on its way."""
-        if run.timer is not None:
-            run.timer.cancel()
-            run.timer = None
-        if run.held is not None:
-            self._lane.put_nowait(partial(self._write, run, run.held))
-            run.held = None
-            run.shown_at = asyncio.get_running_loop().time()
-
     async def _write(self, run: Run, event: TrainingEvent) -> None:
         match event:
             case TrainingStarted():

@@ -76,7 +76,7 @@ class Trainings:
     async def accept(self, draft: TrainingDraft, upload: PictureUpload, base: BaseInfo) -> TrainingRecord:
         """Writes the training down; from here on it survives anything. Its pictures are moved to it."""
         # Shielded: a client that leaves now has a whole training or none, and nothing half made.
-        return await asyncio.shield(self._runs.in_lane(lambda: self._accept(draft, upload, base)))
+        return await asyncio.shield(self._runs.lane.call(lambda: self._accept(draft, upload, base)))
 
     async def _accept(self, draft: TrainingDraft, upload: PictureUpload, base: BaseInfo) -> TrainingRecord:
         # The same request may have come twice at once: the first to get here wins.
@@ -165,7 +165,7 @@ class Trainings:
             await self._runs.cancel(record.id)
             return await self.find(record.id)
 
-        return await asyncio.shield(self._runs.in_lane(cancel))
+        return await asyncio.shield(self._runs.lane.call(cancel))
 
     async def resume(self, name: str) -> TrainingRecord:
         """Queues a cancelled or failed training again. Raises TrainingNotFound, FailedPrecondition."""
@@ -200,7 +200,7 @@ class Trainings:
 
         if self.draining:
             raise ServerDraining("the server is going away")
-        return await asyncio.shield(self._runs.in_lane(resume))
+        return await asyncio.shield(self._runs.lane.call(resume))
 
     async def delete(self, name: str) -> None:
         """Removes its record, events, pictures and samples. Raises TrainingNotFound, TrainingNotEnded."""
@@ -213,7 +213,7 @@ class Trainings:
             await asyncio.to_thread(shutil.rmtree, self._log.folder(record.id), ignore_errors=True)
             self._log.ring(record.id)
 
-        await asyncio.shield(self._runs.in_lane(delete))
+        await asyncio.shield(self._runs.lane.call(delete))
 
     def _taken(self, name: str) -> bool:
         return any(version.meta.name == name for version in self._store.versions())

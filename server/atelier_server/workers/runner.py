@@ -58,7 +58,7 @@ class TorchRunner:
         self.store = AdapterStore(Path(settings.data_dir) / "adapters")
         self._pictures: dict[int, Picture] = {}  # by arrival
         self._prompts: OrderedDict[str, Tensor] = OrderedDict()
-        self._verified: set[CheckpointId] = set()
+        self._verified: set[AdapterUse] = set()
         # Told by the heartbeat's thread, so counted here and not there.
         self._base_bytes = _model_bytes(self.base)
         self._bank_bytes = 0
@@ -198,7 +198,7 @@ class TorchRunner:
         path = Path(use.path)
         metadata = {"adapter": str(use.checkpoint)}
         try:
-            if use.checkpoint not in self._verified and _sha256(path) != use.sha256:
+            if use not in self._verified and _sha256(path) != use.sha256:
                 raise DataLoss(f"{use.checkpoint}: the stored file does not match its checksum", metadata)
             adapter, _ = read_adapter(path, self.bank.layers)
         except FileNotFoundError as error:
@@ -207,7 +207,7 @@ class TorchRunner:
             ) from error
         except UnsupportedFormat as error:
             raise DataLoss(f"{use.checkpoint}: the stored file is unreadable", metadata) from error
-        self._verified.add(use.checkpoint)
+        self._verified.add(use)
         return adapter
 
     # ------------------------------------------------------------------------------------------ trainings
@@ -277,7 +277,8 @@ class TrainerRun:
         return self._trainer.prepare()
 
     def train_step(self) -> StepReport:
-        return self._trainer.train_step()
+        report = self._trainer.train_step()
+        return StepReport(report.loss, report.learning_rate)
 
     def publish(self) -> Published:
         return _published(self._trainer.publish())

@@ -79,8 +79,7 @@ recipes = message(
 def test_any_generate_request_is_a_valid_job_or_refused(request: generation_pb2.GenerateRequest) -> None:
     try:
         draft = decode_generate(request, LIMITS, BASE)
-    except InvalidRequest as error:
-        assert error.violations
+    except InvalidRequest:
         return
     job = draft.job
     assert job.width % 8 == job.height % 8 == 0
@@ -101,8 +100,7 @@ def test_any_recipe_is_valid_or_refused(recipe: training_pb2.TrainingRecipe, req
         draft = decode_start(
             training_pb2.TrainRequest.Start(recipe=recipe, request_id=request_id), LIMITS, BASE
         )
-    except InvalidRequest as error:
-        assert error.violations
+    except InvalidRequest:
         return
     valid = draft.recipe
     assert 1 <= valid.rank <= LIMITS.max_lora_rank

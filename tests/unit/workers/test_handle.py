@@ -24,6 +24,12 @@ try:
 except EOFError:
     sys.exit(7)
 """
+NONSENSE = """
+import socket, sys
+end = socket.socket(fileno=int(sys.argv[1]))
+end.send(bytes(7) + b"\\1x")
+end.recv(10**6)
+"""
 
 
 def worker(script: str = ECHO) -> LocalWorker:
@@ -52,8 +58,7 @@ async def test_a_process_that_ends_or_speaks_nonsense_is_lost() -> None:
         handle = worker(script)
         await handle.start()
         assert [event async for event in handle.events()] == [WorkerLost(code)]
-    nonsense = "import socket, sys; s = socket.socket(fileno=int(sys.argv[1])); s.send(bytes(7) + b'\\1x'); s.recv(9**6)"
-    handle = worker(nonsense)
+    handle = worker(NONSENSE)
     await handle.start()
     (lost,) = [event async for event in handle.events()]
     assert isinstance(lost, WorkerLost)
