@@ -20,7 +20,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
@@ -30,12 +30,12 @@ from atelier_server.adapters.format import CanonicalAdapter, LoraModule, finite
 from atelier_server.adapters.layers import (
     BankLayer,
     Current,
-    LayerSlots,
     LeafSet,
     RowDelta,
     stacked,
     wrapped,
 )
+from atelier_server.adapters.slots import GroupKey, SlotGroup, group_key
 from atelier_server.errors import AdapterMismatch
 
 Row = tuple[tuple[int, float], ...]
@@ -64,7 +64,6 @@ class _Slot:
     rank: int = 0
     scale: float = 1.0
     fingerprint: bytes = b""
-    layers: set[str] = field(default_factory=set)
 
 
 class SlotBank:
@@ -77,7 +76,8 @@ class SlotBank:
         self.slots = slots
         self.max_rank = max_rank
         self.layers: dict[str, BankLayer] = {}
-        self._buffers: dict[str, LayerSlots] = {}
+        self._alike: dict[GroupKey, list[BankLayer]] = {}
+        self._groups: dict[GroupKey, SlotGroup] = {}
         self._held = [_Slot() for _ in range(slots + 1)]
         self._current = Current()
         self._training = False
@@ -93,6 +93,7 @@ class SlotBank:
             if layer is not None:
                 root.set_submodule(name, layer)
                 self.layers[layer.layer_name] = layer
+                self._alike.setdefault(group_key(layer), []).append(layer)
 
     # ------------------------------------------------------------------------------------------ content
     def check(self, adapter: CanonicalAdapter) -> None:
@@ -111,34 +112,33 @@ class SlotBank:
         """
         held = self._slot(slot)
         self._check_shapes(adapter)
-        for name in adapter.modules:
-            self._allocate(name)  # all memory first: running out of it leaves the slot as it was
+        # All memory first: running out of it leaves the slot as it was.
+        grouped = [(self._group(key), modules) for key, modules in self._grouped(adapter).items()]
         scales = {name: module.alpha / module.A.shape[0] for name, module in adapter.modules.items()}
         common = Counter(scale for scale in scales.values() if scale).most_common(1)
-        for name in held.layers - adapter.modules.keys():
-            self._buffers[name].erase(slot)
+        for group in self._groups.values():
+            group.erase(slot)
         self._held[slot] = held = _Slot(
             revision=held.revision + 1,
             rank=max((module.A.shape[0] for module in adapter.modules.values()), default=0),
             scale=common[0][0] if common else 1.0,
             fingerprint=_fingerprint(adapter),
-            layers=set(adapter.modules),
         )
         with torch.no_grad():
-            for name, module in adapter.modules.items():
-                self._buffers[name].write(slot, module, scales[name] / held.scale)
+            for group, modules in grouped:
+                group.write(slot, modules, {name: scales[name] / held.scale for name in modules})
 
     def clear(self, slot: int) -> None:
         """Empties the slot."""
         held = self._slot(slot)
-        for name in held.layers:
-            self._buffers[name].erase(slot)
+        for group in self._groups.values():
+            group.erase(slot)
         self._held[slot] = _Slot(revision=held.revision + 1)
 
     @property
     def size_bytes(self) -> int:
         """Memory of all slots."""
-        return sum(buffers.size_bytes for buffers in self._buffers.values())
+        return sum(group.size_bytes for group in self._groups.values())
 
     # --------------------------------------------------------------------------------------------- rows
     def key(self, rows: Sequence[Sequence[tuple[int, float]]]) -> RowsKey:
@@ -160,10 +160,9 @@ class SlotBank:
         factors = torch.tensor([[f] for _, values in packed for f in values])
         used = {slot for row in canonical for slot, _ in row}
         deltas: dict[str, RowDelta] = {}
-        for name, buffers in self._buffers.items():
-            if any(slot in buffers.ranks for slot in used):
-                index, factors = index.to(buffers.A.device), factors.to(buffers.A.device)  # once: one device
-                deltas[name] = buffers.gather(index, factors, len(canonical))
+        for group in self._groups.values():
+            index, factors = index.to(group.A.device), factors.to(group.A.device)  # once: one device
+            deltas |= group.gather(used, index, factors, len(canonical))
         return ActiveRows(len(canonical), self.key(rows), MappingProxyType(deltas))
 
     @contextmanager
@@ -227,9 +226,17 @@ class SlotBank:
         missing = ranks - len(index)
         return index + [0] * missing, factors + [0.0] * missing
 
-    def _allocate(self, name: str) -> None:
-        if name not in self._buffers:
-            self._buffers[name] = LayerSlots(self.layers[name], self.slots + 1, self.max_rank)
+    def _group(self, key: GroupKey) -> SlotGroup:
+        """The slots of these layers, allocated when an adapter first has one of them."""
+        if key not in self._groups:
+            self._groups[key] = SlotGroup(self._alike[key], self.slots + 1, self.max_rank)
+        return self._groups[key]
+
+    def _grouped(self, adapter: CanonicalAdapter) -> dict[GroupKey, dict[str, LoraModule]]:
+        grouped: dict[GroupKey, dict[str, LoraModule]] = {}
+        for name, module in adapter.modules.items():
+            grouped.setdefault(group_key(self.layers[name]), {})[name] = module
+        return grouped
 
     def _check_shapes(self, adapter: CanonicalAdapter) -> None:
         for name, module in adapter.modules.items():
@@ -243,13 +250,15 @@ class SlotBank:
 def _shape_fault(module: LoraModule, layer: BankLayer, max_rank: int) -> str:
     """What is wrong with the shapes, "" if nothing; a linear layer may come as a 1x1 convolution."""
     rank = module.A.shape[0]
+    out, *features = layer.weight.shape
+    if 1 <= rank <= max_rank and module.A.shape == (rank, *features) and module.B.shape == (out, rank):
+        return ""
     if not 1 <= rank <= max_rank:
         return f"has rank {rank}; this server takes 1 to {max_rank}"
-    features = tuple(layer.weight.shape[1:])
     if _trimmed(module.A.shape[1:]) != _trimmed(features):
-        return f"takes inputs of shape {tuple(module.A.shape[1:])}, the base model's of {features}"
-    if _trimmed(module.B.shape) != _trimmed((layer.weight.shape[0], rank)):
-        return f"has B of shape {tuple(module.B.shape)}; ({layer.weight.shape[0]}, {rank}) would fit"
+        return f"takes inputs of shape {tuple(module.A.shape[1:])}, the base model's of {tuple(features)}"
+    if _trimmed(module.B.shape) != _trimmed((out, rank)):
+        return f"has B of shape {tuple(module.B.shape)}; ({out}, {rank}) would fit"
     return ""
 
 

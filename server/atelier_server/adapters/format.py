@@ -18,6 +18,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -66,12 +67,25 @@ def read_adapter(path: Path, module_names: Iterable[str]) -> tuple[CanonicalAdap
     Raises UnsupportedFormat for what is no LoRA in safetensors and AdapterMismatch for layers that the base
     does not have or values that are not finite; both name the first offender. Shapes are the bank's to check.
     """
-    tensors, header = _read_tensors(path)
-    layout = _detect(tensors)
-    parts = _group(tensors, layout, frozenset(module_names))
-    alphas = _Alphas.of(header.get(METADATA_KEY))
-    modules = {name: _module(name, parts[name], alphas) for name in sorted(parts)}
-    return CanonicalAdapter(modules), layout
+    adapter, layout = _canonical(*_read_tensors(path), module_names)
+    for name, module in adapter.modules.items():
+        if not (finite(module.A) and finite(module.B)):
+            raise AdapterMismatch(f"the adapter has values in {name} that are not finite", {"module": name})
+    return adapter, layout
+
+
+def decode_adapter(file: bytes, module_names: Iterable[str]) -> CanonicalAdapter:
+    """A file that was checked when it was published, from its bytes: no copy by pages, no look at the values.
+
+    Raises as `read_adapter` does, but for values that are not finite.
+    """
+    try:
+        tensors = safetensors.torch.load(file)
+    except SafetensorError as error:
+        raise UnsupportedFormat(f"this is not a whole safetensors file: {error}") from error
+    (size,) = struct.unpack("<Q", file[:8])
+    header = json.loads(file[8 : 8 + size]).get("__metadata__", {})
+    return _canonical(tensors, header, module_names)[0]
 
 
 def write_adapter(
@@ -123,11 +137,26 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UnsupportedFormat(f"this is not a whole safetensors file: {error}") from error
 
 
-def _detect(tensors: Mapping[str, Tensor]) -> Layout:
-    """By the names of the tensors. All of a file's names must be of one layout; `_group` sees to that."""
+def _canonical(
+    tensors: Mapping[str, Tensor], header: Mapping[str, str], module_names: Iterable[str]
+) -> tuple[CanonicalAdapter, Layout]:
     if not tensors:
         raise UnsupportedFormat("the file holds no tensors")
-    first = min(tensors)
+    keys = tuple(sorted(tensors))
+    layout = _detect(keys[0])
+    for key in keys:
+        if tensors[key].dtype not in _FLOATS:
+            raise UnsupportedFormat(f"{key} is not a tensor of a LoRA", {"key": key})
+    alphas = _Alphas.of(header.get(METADATA_KEY))
+    modules = {
+        name: _module(name, {role: tensors[key] for role, key in roles}, alphas)
+        for name, roles in _plan(keys, layout, frozenset(module_names))
+    }
+    return CanonicalAdapter(modules), layout
+
+
+def _detect(first: str) -> Layout:
+    """By a tensor's name. All of a file's names must be of one layout; `_plan` sees to that."""
     if first.startswith("lora_"):
         return "kohya"
     if first.startswith(_PREFIX["peft"]):
@@ -137,30 +166,32 @@ def _detect(tensors: Mapping[str, Tensor]) -> Layout:
     raise UnsupportedFormat(f"{first} is not a tensor of a LoRA")
 
 
-def _group(
-    tensors: Mapping[str, Tensor], layout: Layout, names: frozenset[str]
-) -> dict[str, dict[str, Tensor]]:
-    """Tensors by layer, then by role "A", "B" or "alpha"."""
+# Adapters of one recipe have the same names: what they mean is worked out once.
+@lru_cache(maxsize=64)
+def _plan(
+    keys: tuple[str, ...], layout: Layout, names: frozenset[str]
+) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
+    """Layers in order, each with its (role, key) pairs; roles are "A", "B" and "alpha"."""
     known = (
         {name.removeprefix("unet.").replace(".", "_"): name for name in names} if layout == "kohya" else {}
     )
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key in sorted(tensors):
+    parts: dict[str, dict[str, str]] = {}
+    for key in keys:
         if key.removeprefix("base_model.model.").startswith(_TEXT_ENCODERS):
             raise UnsupportedFormat(
                 f"{key} belongs to a text encoder; those are not supported yet", {"key": key}
             )
         match = _PARTS.fullmatch(key)
-        if match is None or tensors[key].dtype not in _FLOATS:
+        if match is None:
             raise UnsupportedFormat(f"{key} is not a tensor of a LoRA", {"key": key})
         bare = match["module"].removeprefix(_PREFIX[layout])
         name = known.get(bare, "") if layout == "kohya" else "unet." + _modern(bare.removeprefix("unet."))
         if name not in names:
             raise AdapterMismatch(f"the base model has no layer for {key}", {"key": key})
         role = _ROLE[next(part for part in match.groups()[1:] if part)]
-        if parts.setdefault(name, {}).setdefault(role, tensors[key]) is not tensors[key]:
+        if parts.setdefault(name, {}).setdefault(role, key) != key:
             raise UnsupportedFormat(f"{key} repeats the {role} of {name}", {"key": key})
-    return parts
+    return tuple((name, tuple(parts[name].items())) for name in sorted(parts))
 
 
 def _modern(module: str) -> str:
@@ -184,8 +215,8 @@ def _module(name: str, parts: Mapping[str, Tensor], alphas: _Alphas) -> LoraModu
         alpha = parts["alpha"].item()
     else:
         raise UnsupportedFormat(f"the alpha of {name} is not one number", {"module": name})
-    if not (math.isfinite(alpha) and finite(A) and finite(B)):
-        raise AdapterMismatch(f"the adapter has values in {name} that are not finite", {"module": name})
+    if not math.isfinite(alpha):
+        raise AdapterMismatch(f"the adapter has an alpha in {name} that is not finite", {"module": name})
     return LoraModule(A, B, alpha)
 
 

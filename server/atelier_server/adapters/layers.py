@@ -20,8 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atelier_server.adapters.format import LoraModule
-
 
 class Delta(Protocol):
     """What is added to the outputs of one layer during a forward."""
@@ -189,55 +187,6 @@ def wrapped(module: nn.Module, name: str, current: Current) -> BankLayer | None:
     if type(module) is nn.Conv2d and module.groups == 1 and module.padding_mode == "zeros":
         return BankConv2d(module, name, current)
     return None
-
-
-class LayerSlots:
-    """The slots of one layer: A [slots*max_rank, i or C,kh,kw] and Bt [slots*max_rank, o], zero where unused.
-
-    On the layer's device and of its dtype. Slot 0 is never written.
-    """
-
-    def __init__(self, layer: BankLayer, slots: int, max_rank: int) -> None:
-        weight = layer.weight
-        self.max_rank = max_rank
-        self.A = weight.new_zeros(slots * max_rank, *weight.shape[1:], requires_grad=False)
-        self.Bt = weight.new_zeros(slots * max_rank, weight.shape[0], requires_grad=False)
-        self.ranks: dict[int, int] = {}
-
-    def write(self, slot: int, module: LoraModule, scale: float) -> None:
-        """Puts A and `scale` times B into the slot; nothing of its old content remains. alpha is not used."""
-        rank, begin = module.A.shape[0], slot * self.max_rank
-        self.A[begin : begin + rank].copy_(module.A.reshape(rank, *self.A.shape[1:]))
-        transposed = module.B.reshape(self.Bt.shape[1], rank).t()
-        if scale != 1.0:
-            transposed = transposed.float() * scale
-        self.Bt[begin : begin + rank].copy_(transposed)
-        self._zero(slot, rank)
-        self.ranks[slot] = rank
-
-    def erase(self, slot: int) -> None:
-        self._zero(slot, 0)
-        self.ranks.pop(slot, None)
-
-    def gather(self, index: Tensor, factors: Tensor, rows: int) -> RowDelta:
-        """Packs ranks `index` [b*R] with their `factors` [b*R,1] (float32)."""
-        a = self.A.index_select(0, index)
-        bt = self.Bt.index_select(0, index)
-        bt = bt.mul_(factors) if bt.dtype == factors.dtype else (bt.float() * factors).to(bt.dtype)
-        if a.dim() == 2:
-            a = a.reshape(rows, -1, a.shape[1])
-        return RowDelta(a, bt.reshape(rows, -1, bt.shape[1]))
-
-    @property
-    def size_bytes(self) -> int:
-        return self.A.nbytes + self.Bt.nbytes
-
-    def _zero(self, slot: int, begin: int) -> None:
-        """Zeroes what the slot holds from rank `begin` on."""
-        first, last = slot * self.max_rank + begin, slot * self.max_rank + self.ranks.get(slot, 0)
-        if first < last:
-            self.A[first:last].zero_()
-            self.Bt[first:last].zero_()
 
 
 def _row_conv(x: Tensor, a: Tensor, layer: nn.Conv2d, rows: int) -> Tensor:

@@ -21,7 +21,13 @@ import torch
 from torch import Tensor
 
 from atelier_server.adapters.bank import ActiveRows, RowsKey, SlotBank
-from atelier_server.adapters.format import CanonicalAdapter, Layout, read_adapter, write_adapter
+from atelier_server.adapters.format import (
+    CanonicalAdapter,
+    Layout,
+    decode_adapter,
+    read_adapter,
+    write_adapter,
+)
 from atelier_server.adapters.store import AdapterStore, CheckpointRecord
 from atelier_server.core import (
     AdapterUse,
@@ -198,9 +204,10 @@ class TorchRunner:
         path = Path(use.path)
         metadata = {"adapter": str(use.checkpoint)}
         try:
-            if use not in self._verified and _sha256(path) != use.sha256:
+            file = path.read_bytes()
+            if use not in self._verified and hashlib.sha256(file).hexdigest() != use.sha256:
                 raise DataLoss(f"{use.checkpoint}: the stored file does not match its checksum", metadata)
-            adapter, _ = read_adapter(path, self.bank.layers)
+            adapter = decode_adapter(file, self.bank.layers)
         except FileNotFoundError as error:
             raise AdapterNotFound(
                 f"{use.checkpoint} has been deleted", metadata, name=str(use.checkpoint)

@@ -173,7 +173,7 @@ def test_clearing_a_slot_with_nan_leaves_zeros() -> None:
     bank.clear(1)
     with bank.use(bank.gather([[(1, 1.0)]] * BATCH)):
         assert torch.equal(Inputs().run(unet), Inputs().run(tiny_unet()))
-    assert all((buffers.A == 0).all() and (buffers.Bt == 0).all() for buffers in bank._buffers.values())
+    assert all((group.A == 0).all() and (group.Bt == 0).all() for group in bank._groups.values())
 
 
 def test_a_smaller_adapter_leaves_nothing_of_a_larger_one() -> None:
@@ -185,7 +185,7 @@ def test_a_smaller_adapter_leaves_nothing_of_a_larger_one() -> None:
         bank.load(1, adapter_for(bank, rank=2, alpha=4, seed=6))
         with bank.use(bank.gather([[(1, 1.0)]] * BATCH)):
             outputs.append(inputs.run(unet))
-        assert all((b.A[80:] == 0).all() and (b.A[42:80] == 0).all() for b in bank._buffers.values())
+        assert all((g.A[:, 42:] == 0).all() and (g.A[:, :40] == 0).all() for g in bank._groups.values())
     assert torch.equal(outputs[0], outputs[1])
 
 

@@ -17,6 +17,7 @@ from atelier_server.adapters.format import (
     CanonicalAdapter,
     Layout,
     LoraModule,
+    decode_adapter,
     read_adapter,
     write_adapter,
 )
@@ -243,3 +244,21 @@ def test_noise_is_refused(tmp_path_factory: pytest.TempPathFactory, content: byt
     path.write_bytes(content)
     with pytest.raises(UnsupportedFormat):
         read_adapter(path, NAMES)
+
+
+def test_a_stored_file_is_decoded_as_it_is_read(tmp_path: Path) -> None:
+    names = tuple(f"unet.down_blocks.0.attentions.{i}.to_q" for i in range(3))
+    modules = {
+        name: LoraModule(torch.randn(i + 1, 8), torch.randn(8, i + 1), float(2 * i + 1))
+        for i, name in enumerate(names)
+    }
+    path = tmp_path / "adapter.safetensors"
+    write_adapter(CanonicalAdapter(modules), path)
+    read, _ = read_adapter(path, names)
+    decoded = decode_adapter(path.read_bytes(), names)
+    for name in names:
+        assert torch.equal(decoded.modules[name].A, read.modules[name].A)
+        assert torch.equal(decoded.modules[name].B, read.modules[name].B)
+        assert decoded.modules[name].alpha == read.modules[name].alpha == modules[name].alpha
+    with pytest.raises(UnsupportedFormat, match="not a whole safetensors file"):
+        decode_adapter(path.read_bytes()[:-9], names)
