@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from atelier_server import pocket
-from atelier_server.adapters.format import CanonicalAdapter, LoraModule, write_adapter
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from atelier_server import pocket
+from atelier_server.adapters.format import CanonicalAdapter, LoraModule, write_adapter
 
 PROMPTS = ("a red cat", "a blue octopus on a beach", "a car", "a fish at night")
 

@@ -7,8 +7,8 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import torch
-from atelier_server import pocket
 
+from atelier_server import pocket
 from benchmarks.bases import PROMPTS, peer_pipeline, random_adapters, sd1_shaped
 from benchmarks.desk import Desk, job
 from benchmarks.harness import Row, interleave, row, seconds

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from atelier import Client
 from atelier_server.core import GenerationJob
-
 from benchmarks.desk import Desk, job
 from benchmarks.harness import Row, interleave, row, seconds
 

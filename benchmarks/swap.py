@@ -7,7 +7,6 @@ from itertools import cycle
 from pathlib import Path
 
 from atelier_server.core import AdapterUse
-
 from benchmarks.bases import peer_pipeline, random_adapters, sd1_shaped
 from benchmarks.desk import Desk
 from benchmarks.harness import Row, interleave, row, seconds

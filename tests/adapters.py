@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from diffusers import StableDiffusionPipeline
+
 from atelier_server import pocket
 from atelier_server.adapters.format import CanonicalAdapter, LoraModule, write_adapter
-from diffusers import StableDiffusionPipeline
 
 
 def random_adapter(seed: int, *, rank: int, alpha: float, convolutions: bool = False) -> CanonicalAdapter:

@@ -13,6 +13,11 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+from PIL import Image
+
 from atelier.v1 import (
     adapter_pb2_grpc,
     generation_pb2,
@@ -23,10 +28,6 @@ from atelier.v1 import (
 )
 from atelier_server.app import Application
 from atelier_server.config import Limits, Settings
-from google.rpc import error_details_pb2
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_status import rpc_status
-from PIL import Image
 
 Start = Callable[..., Awaitable["Service"]]
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))

@@ -9,7 +9,6 @@ import signal
 
 from atelier.v1 import adapter_pb2, generation_pb2
 from atelier_server.config import Limits
-
 from tests.contract.harness import Service, Start, kinds, new_id, refused
 
 

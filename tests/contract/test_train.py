@@ -8,10 +8,10 @@ import signal
 from pathlib import Path
 
 import pytest
+
 from atelier.v1 import adapter_pb2, training_pb2
 from atelier_server.adapters.store import AdapterStore
 from atelier_server.config import Limits
-
 from tests.contract.harness import (
     Service,
     Start,

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from atelier_server.adapters.bank import SlotBank
-from atelier_server.adapters.format import CanonicalAdapter, write_adapter
 from diffusers import UNet2DConditionModel
 
+from atelier_server.adapters.bank import SlotBank
+from atelier_server.adapters.format import CanonicalAdapter, write_adapter
 from tests.unit.adapters.tiny import ATTENTION, EVERYTHING, Inputs, adapter_for, tiny_unet, wrapped_unet
 
 ROWS = [

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from diffusers import StableDiffusionPipeline
+
 from atelier_server import pocket
 from atelier_server.adapters.bank import SlotBank
 from atelier_server.adapters.format import CanonicalAdapter, LoraModule, read_adapter, write_adapter
-from diffusers import StableDiffusionPipeline
-
 from tests.unit.adapters.tiny import ATTENTION, EVERYTHING, adapter_for
 
 

@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
+
 from atelier_server import pocket
 from atelier_server.adapters.bank import SlotBank
 from atelier_server.adapters.store import AdapterStore
@@ -15,10 +19,6 @@ from atelier_server.core import Recipe, TrainingImage, TrainingJob
 from atelier_server.diffusion.base import load_base
 from atelier_server.diffusion.denoiser import Denoiser
 from atelier_server.training.trainer import LoraTrainer
-from diffusers import DDPMScheduler, StableDiffusionPipeline
-from peft import LoraConfig, get_peft_model_state_dict
-from PIL import Image
-
 from tests.unit.adapters.tiny import EVERYTHING, adapter_for
 
 STEPS = 12

@@ -8,6 +8,8 @@ from queue import SimpleQueue
 from typing import Any
 
 import pytest
+from grpc_health.v1.health_pb2 import HealthCheckResponse
+
 from atelier import (
     CheckpointPublished,
     Client,
@@ -18,8 +20,6 @@ from atelier import (
     TrainingRestarted,
     TrainingState,
 )
-from grpc_health.v1.health_pb2 import HealthCheckResponse
-
 from tests.process.server import Server, wait_gone
 
 pytestmark = pytest.mark.process

@@ -11,13 +11,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
 from atelier import Client
 from atelier_server import pocket
 from atelier_server.adapters.format import CanonicalAdapter
 from atelier_server.diffusion.schedulers import _REGISTRY
-from diffusers import StableDiffusionPipeline
-from PIL import Image
-
 from tests.adapters import merge, random_adapter, write
 from tests.process.server import Server
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 
 import pytest
+from prometheus_client import Counter, Gauge, Histogram, generate_latest
+
 from atelier_server.core import Sample, State
 from atelier_server.metrics import TABLE, Metrics
-from prometheus_client import Counter, Gauge, Histogram, generate_latest
 
 CONTRACT = {
     "request_duration_seconds": (Histogram, ("method", "code")),

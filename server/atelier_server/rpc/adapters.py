@@ -8,7 +8,6 @@ from pathlib import Path
 
 from atelier.v1 import adapter_pb2 as pb
 from atelier.v1 import adapter_pb2_grpc
-
 from atelier_server.config import Limits
 from atelier_server.core import AdapterRef
 from atelier_server.errors import InvalidRequest, Violation

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from atelier.v1 import generation_pb2 as pb
 from atelier.v1 import generation_pb2_grpc
-
 from atelier_server.config import Limits
 from atelier_server.jobs.dispatch import WorkerStatus
 from atelier_server.jobs.generations import Generations

@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from atelier.v1 import adapter_pb2, training_pb2
-
 from atelier_server.config import Limits
 from atelier_server.errors import AtelierError, InvalidRequest, UploadIncomplete, Violation
 from atelier_server.jobs.uploads import PictureUpload

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
 from atelier.v1 import (
     adapter_pb2_grpc,
     generation_pb2_grpc,
@@ -12,9 +15,6 @@ from atelier.v1 import (
     server_pb2_grpc,
     training_pb2_grpc,
 )
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
-
 from atelier_server.config import Limits
 from atelier_server.jobs.dispatch import WorkerStatus
 from atelier_server.jobs.generations import Generations

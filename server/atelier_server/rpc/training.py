@@ -9,7 +9,6 @@ from contextlib import aclosing
 
 from atelier.v1 import training_pb2 as pb
 from atelier.v1 import training_pb2_grpc
-
 from atelier_server.config import Limits
 from atelier_server.errors import AtelierError, InvalidRequest, Violation
 from atelier_server.jobs.dispatch import WorkerStatus

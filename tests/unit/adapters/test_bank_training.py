@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from atelier_server.adapters.bank import SlotBank
-from atelier_server.adapters.layers import Leaf, LeafSet
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from atelier_server.adapters.bank import SlotBank
+from atelier_server.adapters.layers import Leaf, LeafSet
 from tests.unit.adapters.tiny import ATTENTION, EVERYTHING, Inputs, adapter_for, tiny_unet, wrapped_unet
 
 

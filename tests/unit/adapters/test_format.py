@@ -12,6 +12,11 @@ from typing import get_args
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from torch import Tensor
+
 from atelier_server.adapters.format import (
     METADATA_KEY,
     CanonicalAdapter,
@@ -22,10 +27,6 @@ from atelier_server.adapters.format import (
     write_adapter,
 )
 from atelier_server.errors import AdapterMismatch, UnsupportedFormat
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors import safe_open
-from torch import Tensor
 
 NAMES = (
     "unet.conv_in",

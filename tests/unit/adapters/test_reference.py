@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from atelier_server.adapters.reference import parse_reference
-from atelier_server.core import ADAPTER_NAME, AdapterRef
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from atelier_server.adapters.reference import parse_reference
+from atelier_server.core import ADAPTER_NAME, AdapterRef
 
 letters = "abcdefghijklmnopqrstuvwxyz"
 names = st.builds(

@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
+
 from atelier_server.adapters.store import ADAPTER_FILE, AdapterStore, VersionMeta
 from atelier_server.core import AdapterRef, CheckpointId
 from atelier_server.errors import AdapterExists, AdapterNotFound, DataLoss, InvalidRequest, StorageFull

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from atelier_server.adapters.bank import SlotBank
-from atelier_server.adapters.format import CanonicalAdapter, LoraModule
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+
+from atelier_server.adapters.bank import SlotBank
+from atelier_server.adapters.format import CanonicalAdapter, LoraModule
 
 ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
 EVERYTHING = (

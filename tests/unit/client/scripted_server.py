@@ -12,15 +12,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+from google.protobuf import any_pb2
+from google.rpc import status_pb2
+from grpc_status import rpc_status
+from PIL import Image
+
 from atelier.v1 import adapter_pb2, generation_pb2, server_pb2, training_pb2
 from atelier.v1.adapter_pb2_grpc import AdapterServiceServicer, add_AdapterServiceServicer_to_server
 from atelier.v1.generation_pb2_grpc import GenerationServiceServicer, add_GenerationServiceServicer_to_server
 from atelier.v1.server_pb2_grpc import ServerServiceServicer, add_ServerServiceServicer_to_server
 from atelier.v1.training_pb2_grpc import TrainingServiceServicer, add_TrainingServiceServicer_to_server
-from google.protobuf import any_pb2
-from google.rpc import status_pb2
-from grpc_status import rpc_status
-from PIL import Image
 
 STEPS = 6
 Response = generation_pb2.GenerateResponse

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import atelier
 import grpc
 import pytest
-from atelier.events import Completed, Image, Progress, Queued
 from google.rpc import error_details_pb2
+
+import atelier
+from atelier.events import Completed, Image, Progress, Queued
 
 
 def test_generate_returns_whole_pictures_in_order(server: Any) -> None:

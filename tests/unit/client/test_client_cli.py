@@ -15,11 +15,12 @@ from typing import Any
 
 import grpc
 import pytest
-from atelier.cli import cli, hints, output
-from atelier.errors import AtelierError, InvalidArgumentError, Violation
 from google.rpc import error_details_pb2
 from PIL import Image
 from typer.testing import CliRunner, Result
+
+from atelier.cli import cli, hints, output
+from atelier.errors import AtelierError, InvalidArgumentError, Violation
 
 ATELIER = str(Path(sys.executable).with_name("atelier"))
 

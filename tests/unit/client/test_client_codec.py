@@ -8,13 +8,14 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-import atelier
 import grpc
 import pytest
-from atelier import codec, errors, fields, transfer, wire
-from atelier.v1 import adapter_pb2, generation_pb2, server_pb2, training_pb2
 from hypothesis import given
 from hypothesis import strategies as st
+
+import atelier
+from atelier import codec, errors, fields, transfer, wire
+from atelier.v1 import adapter_pb2, generation_pb2, server_pb2, training_pb2
 
 Response = generation_pb2.GenerateResponse
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from PIL import Image, ImageFont
+
 from atelier import wire
 from atelier.cli import curve, report
 from atelier.cli.local_server import LocalServer, ServerFailedError
 from atelier.cli.similarity import histogram, intersection, similarity
 from atelier.sheet import PAPER, Layout, contact_sheet, wrap
 from atelier.v1 import training_pb2
-from PIL import Image, ImageFont
 
 RED, GREEN, BLUE = (220, 20, 20), (20, 200, 20), (20, 40, 220)
 BARE = Layout(cell=40, gap=4, margin=10)

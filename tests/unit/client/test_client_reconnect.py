@@ -6,14 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import atelier
 import grpc
 import pytest
+from google.rpc import error_details_pb2
+
+import atelier
 from atelier.errors import AtelierError, DataLossError, UnavailableError
 from atelier.events import Image
 from atelier.streams import GenerationStream, Reconnection, TrainingStream
 from atelier.v1 import generation_pb2, training_pb2
-from google.rpc import error_details_pb2
 
 
 @pytest.mark.parametrize("pause_after", [1, 4, 9])

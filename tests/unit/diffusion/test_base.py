@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from atelier_server import pocket
-from atelier_server.diffusion.base import BaseModel, load_base
-from atelier_server.diffusion.families import UnsupportedModel
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
+from atelier_server import pocket
+from atelier_server.diffusion.base import BaseModel, load_base
+from atelier_server.diffusion.families import UnsupportedModel
 from tests.ldm import write_single_file
 
 

@@ -6,13 +6,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.training_utils import compute_snr
+
 from atelier_server import pocket
 from atelier_server.core import ROW_BUCKETS, SCHEDULERS
 from atelier_server.diffusion.base import BaseModel, load_base
 from atelier_server.diffusion.denoiser import Denoiser, Picture
 from atelier_server.diffusion.schedulers import _REGISTRY, Trajectory, default_scheduler
-from diffusers import StableDiffusionPipeline
-from diffusers.training_utils import compute_snr
 
 PROMPT = "a red octopus on a beach"
 

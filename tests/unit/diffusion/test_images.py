@@ -8,9 +8,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image
+
 from atelier_server.core import ImageFormat
 from atelier_server.diffusion.images import encode_picture
-from PIL import ExifTags, Image
 
 PARAMETERS = {"prompt": "ein Tintenfisch, 墨", "seed": 3}
 

@@ -6,6 +6,7 @@ from itertools import pairwise
 from queue import SimpleQueue
 
 import pytest
+
 from atelier_server.core import (
     AdapterLoaded,
     AdaptersUnloaded,
@@ -35,7 +36,6 @@ from atelier_server.core import (
 from atelier_server.engine.loop import Loop, Message
 from atelier_server.engine.trainings import SampleDefaults
 from atelier_server.errors import NonfiniteLoss
-
 from tests.fakes import FakeRunner, generation, training, use
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from atelier_server.core import CheckpointId
-from atelier_server.engine.residency import Residency
 from hypothesis import given
 from hypothesis import strategies as st
+
+from atelier_server.core import CheckpointId
+from atelier_server.engine.residency import Residency
 
 
 def checkpoint(number: int) -> CheckpointId:

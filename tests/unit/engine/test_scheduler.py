@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from atelier_server.core import ROW_BUCKETS, GenerationJob, Mode
-from atelier_server.engine.residency import Residency
-from atelier_server.engine.scheduler import DenoiseBatch, Scheduler, TrainStep
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atelier_server.core import ROW_BUCKETS, GenerationJob, Mode
+from atelier_server.engine.residency import Residency
+from atelier_server.engine.scheduler import DenoiseBatch, Scheduler, TrainStep
 from tests.fakes import generation, use
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from atelier_server.core import Recipe, State
 from atelier_server.errors import RequestIdReused
 from atelier_server.jobs.book import SCHEMA_VERSION, Book, BookTooNew

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import atelier_server.pocket
 import numpy as np
 import pytest
 from PIL import Image
 from transformers import CLIPTokenizer
 
+import atelier_server.pocket
 from pocket.__main__ import main
 from pocket.bolt import BoltPose, bolt
 from pocket.ellipsoids import Ellipsoid, inside_polygon, render, rotation, turned

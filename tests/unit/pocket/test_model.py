@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 
-import atelier_server.pocket
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
+
+import atelier_server.pocket
 
 FOLDER = atelier_server.pocket.path()
 

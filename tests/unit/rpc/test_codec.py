@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from atelier.v1 import generation_pb2, training_pb2
 from atelier_server.config import Limits
 from atelier_server.core import ROW_BUCKETS, SCHEDULERS, BaseInfo, Mode
@@ -14,8 +17,6 @@ from atelier_server.rpc.codec import pages
 from atelier_server.rpc.codec.checks import Checks
 from atelier_server.rpc.codec.generation import decode_generate
 from atelier_server.rpc.codec.training import decode_start
-from hypothesis import given
-from hypothesis import strategies as st
 
 LIMITS = Limits()
 BASE = BaseInfo(

@@ -6,10 +6,11 @@ import io
 import struct
 
 import pytest
-from atelier_server.rpc.pictures import examine
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+
+from atelier_server.rpc.pictures import examine
 
 
 def encoded(format: str, **options: object) -> bytes:

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from atelier_server.adapters.bank import SlotBank
 from atelier_server.adapters.store import AdapterStore
 from atelier_server.core import Recipe, TrainingImage, TrainingJob
 from atelier_server.diffusion.base import BaseModel, load_base
 from atelier_server.diffusion.denoiser import Denoiser
 from atelier_server.training.trainer import LoraTrainer
-from PIL import Image
 
 
 @dataclass(frozen=True)

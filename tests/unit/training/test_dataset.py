@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from atelier_server.core import Recipe, TrainingImage
 from atelier_server.diffusion.base import BaseModel
 from atelier_server.errors import InvalidRequest
 from atelier_server.training.dataset import CROPS, Batch, Dataset, Example, Order, View, crops, upright
-from PIL import Image
 
 RECIPE = Recipe(instance_prompt="otto", resolution=16)
 

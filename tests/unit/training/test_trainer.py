@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+
 from atelier_server.adapters.format import CanonicalAdapter, read_adapter
 from atelier_server.core import CheckpointId
 from atelier_server.errors import DataLoss, InvalidRequest, NonfiniteLoss, StorageFull
 from atelier_server.training.trainer import LoraTrainer
-
 from tests.unit.training.conftest import Studio
 
 RICH: dict[str, Any] = {

@@ -7,7 +7,6 @@ from importlib.metadata import version as package_version
 
 from atelier.v1 import adapter_pb2 as pb
 from atelier.v1 import server_pb2
-
 from atelier_server.adapters.store import AdapterVersion
 from atelier_server.config import Limits
 from atelier_server.core import SCHEDULERS, AdapterRef, CheckpointId

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from atelier.v1 import generation_pb2 as pb
-
 from atelier_server.config import Limits
 from atelier_server.core import (
     ROW_BUCKETS,

@@ -7,7 +7,6 @@ import json
 from dataclasses import asdict
 
 from atelier.v1 import training_pb2 as pb
-
 from atelier_server.config import Limits
 from atelier_server.core import BaseInfo, Recipe, State
 from atelier_server.jobs.records import (
