@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test soak check protos bench clean node-client
+.PHONY: pocket demo test soak check protos bench clean node-client
 
 .venv: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt
@@ -41,6 +41,13 @@ protos: .venv
 
 bench: .venv
 	$(BIN)/python -m benchmarks all
+
+# Trains the embedded model, stage by stage, and stops at the first gate that is missed. FROM=FOLDER starts
+# from a model, MINUTES=N is each stage's time, BELOW_GATE=1 goes on below a gate. Resumes where it stopped.
+pocket: .venv
+	set -e; for stage in text vae unet evaluate; do \
+	  $(BIN)/python -m pocket $$stage --workers $$(nproc) $(if $(FROM),--from $(FROM)) \
+	    $(if $(MINUTES),--minutes $(MINUTES)) $(if $(BELOW_GATE),--below-gate); done
 
 clean:
 	rm -rf .venv demo build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/node/node_modules

@@ -86,7 +86,7 @@ def test_the_worker_is_killed_under_eight_generations_and_a_training(server: Ser
     assert events[-1].step == 60
     assert numbers(events) == list(range(1, len(events) + 1))
     assert [e.step for e in events if isinstance(e, CheckpointPublished)] == [10, 20, 30, 40, 50, 60]
-    assert server.metrics()['atelier_worker_restarts_total{reason="killed"}'] == 1
+    assert server.metrics()['atelier_worker_restarts_total{reason="signal"}'] == 1
 
 
 def test_the_front_is_killed_under_a_training(server: Server) -> None:

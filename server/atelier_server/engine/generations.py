@@ -70,7 +70,6 @@ class Generations:
         now = monotonic()
         if generation.started is None:
             generation.started = now
-            self.emit(Sample("queue_wait_seconds", now - generation.submitted, ("generate",)))
         # Pictures of one request have equally many steps, also those that have not started yet.
         generation.total_steps = steps * task.job.num_images
         generation.encode_seconds += seconds

@@ -47,7 +47,6 @@ class Training:
     job: TrainingJob
     run: TrainingRun
     preparing: Iterator[None] | None
-    submitted: float
     began: float = 0.0
     samples: dict[str, tuple[int, int]] = field(default_factory=dict)  # generation id -> step, prompt index
     last_progress: float = 0.0
@@ -75,7 +74,7 @@ class Trainings:
         self._by_sample: dict[str, str] = {}
 
     def begin(self, job: TrainingJob, run: TrainingRun) -> None:
-        self.live[job.id] = Training(job, run, run.prepare(), monotonic())
+        self.live[job.id] = Training(job, run, run.prepare())
 
     def owns(self, generation_id: str) -> bool:
         """Whether a generation is a sample of a training here."""
@@ -101,7 +100,6 @@ class Trainings:
             training.preparing = None
             training.began = monotonic()
             job = training.job
-            self._emit(Sample("queue_wait_seconds", training.began - training.submitted, ("train",)))
             self._emit(TrainingStarted(job.id, training.run.step))
             if resumed := training.run.published:
                 self._sample(training, resumed)  # those that were lost with the worker
