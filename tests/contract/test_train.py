@@ -121,6 +121,14 @@ async def test_a_taken_name_needs_new_version(service: Service) -> None:
     assert events[0].accepted.version == 2
 
 
+async def test_a_training_that_failed_without_a_checkpoint_leaves_its_name_free(service: Service) -> None:
+    nan = {"instance_prompt": "nan", "checkpointing_steps": 10, "max_train_steps": 20}
+    refusal = await refused(service.train(**nan))
+    assert refusal.reason == "NONFINITE_LOSS"
+    events = await service.train(**STEPS)
+    assert events[-1].completed.adapter == "otto@20"
+
+
 async def test_every_violation_of_a_recipe_is_listed(service: Service) -> None:
     nan = float("nan")
     refusal = await refused(

@@ -40,7 +40,7 @@ ROOMS: dict[str, set[str]] = {
     "pocket": set(),
 }
 # The worker's entry is where the desk, the wardrobe, the maths and the teacher are wired.
-ENTRY = {"workers.process", "workers.runner"}
+ENTRY = {"workers.device", "workers.process", "workers.runner"}
 ENTRY_MAY = {*NOUNS, "config", "engine", "adapters", "diffusion", "training", "workers", "pocket", *STORE}
 TORCH_ROOMS = {"adapters", "diffusion", "training"}
 COMPOSITION = {"app", "__main__", "atelier_server"}

@@ -121,7 +121,7 @@ def _resolve_dtype(dtype: str, device: torch.device) -> str:
 def _download(reference: str) -> Path:
     """The local snapshot of a hub repository."""
     if reference.startswith((".", "/", "~")):
-        raise UnsupportedModel(f"model {reference!r}: there is no such folder or file")
+        raise UnsupportedModel("there is no such folder or file")
     folder = DiffusionPipeline.download(reference, use_safetensors=True, safety_checker=None)
     return Path(folder)
 
@@ -148,7 +148,7 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[StableDiffusionPipel
 
 def _load_single_file(path: Path, dtype: torch.dtype) -> tuple[StableDiffusionPipeline, Family, list[Path]]:
     if not path.is_file():
-        raise UnsupportedModel(f"model {str(path)!r}: there is no such file")
+        raise UnsupportedModel("there is no such file")
     beside = path.with_suffix("")
     source = {"config": str(beside), "local_files_only": True} if beside.is_dir() else {}
     pipeline = StableDiffusionPipeline.from_single_file(

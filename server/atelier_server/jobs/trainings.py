@@ -91,7 +91,8 @@ class Trainings:
             base_model=base.reference,
             base_sha256=base.sha256,
             training=training,
-            new_version=draft.new_version,
+            # `check` has let it pass: versions that may be there have nothing in them.
+            new_version=True,
         )
         record = TrainingRecord(
             id=training,
@@ -216,7 +217,9 @@ class Trainings:
         await asyncio.shield(self._runs.lane.call(delete))
 
     def _taken(self, name: str) -> bool:
-        return any(version.meta.name == name for version in self._store.versions())
+        """A training that failed before its first checkpoint leaves its name free."""
+        versions = [version for version in self._store.versions() if version.meta.name == name]
+        return any(version.checkpoints for version in versions) or self._runs.writes(name, None)
 
     async def _free_id(self, name: str) -> str:
         while True:

@@ -101,7 +101,7 @@ def serve(connection: socket.socket) -> int:
         outbox.put(WorkerFailed("MODEL_UNUSABLE", f"model {settings.model!r}: {error}"))
         outbox.close()
         return 1
-    info = runner.info()
+    info = runner.info
     loop = Loop(
         runner=runner,
         inbox=inbox,

@@ -6,10 +6,6 @@ The one place, with the worker's entry, that knows engine, adapters, diffusion a
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import logging
-import platform
-import resource
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,18 +33,17 @@ from atelier_server.core import (
     TrainingJob,
     WorkerSettings,
 )
-from atelier_server.diffusion.base import BaseModel, load_base
+from atelier_server.diffusion.base import load_base
 from atelier_server.diffusion.denoiser import Denoiser, Picture
 from atelier_server.diffusion.images import encode_picture
-from atelier_server.diffusion.schedulers import Trajectory, default_scheduler
+from atelier_server.diffusion.schedulers import Trajectory
 from atelier_server.engine.runner import Decoded, Memory, Published, StepReport
 from atelier_server.engine.scheduler import ImageTask
 from atelier_server.errors import AdapterNotFound, DataLoss, NonfiniteImage, UnsupportedFormat
 from atelier_server.training.trainer import LoraTrainer
+from atelier_server.workers import device
 
-_log = logging.getLogger(__name__)
 _CACHED_PROMPTS = 512
-_PACKAGES = ("atelier", "torch", "diffusers", "transformers", "peft")
 
 
 class TorchRunner:
@@ -61,12 +56,13 @@ class TorchRunner:
         self.bank = SlotBank(slots=settings.slots, max_rank=settings.max_lora_rank)
         self.bank.wrap(self.base.unet, "unet")
         self.denoiser = Denoiser(self.base.unet, self.base.scheduler_config)
+        self._info = device.describe(self.base, self.denoiser.prediction_type)
         self.store = AdapterStore(Path(settings.data_dir) / "adapters")
         self._pictures: dict[int, Picture] = {}  # by arrival
         self._prompts: OrderedDict[str, Tensor] = OrderedDict()
         self._verified: set[AdapterUse] = set()
         # Told by the heartbeat's thread, so counted here and not there.
-        self._base_bytes = _model_bytes(self.base)
+        self._base_bytes = device.weight_bytes(self.base)
         self._bank_bytes = 0
         self._rows: tuple[RowsKey, ActiveRows] | None = None
         # One thread: pictures are decoded in the order in which they were finished.
@@ -152,11 +148,11 @@ class TorchRunner:
         return {
             **_settings(job),
             "seed": task.seed,
-            "base_model": self.base.reference,
-            "base_sha256": self.base.sha256,
-            "dtype": _dtype(self.base),
-            "device": self.base.device.type,
-            "versions": dict(_versions()),
+            "base_model": self._info.reference,
+            "base_sha256": self._info.sha256,
+            "dtype": self._info.dtype,
+            "device": self._info.device,
+            "versions": dict(self._info.versions),
         }
 
     # ------------------------------------------------------------------------------------------- adapters
@@ -223,24 +219,9 @@ class TorchRunner:
         return TrainerRun(trainer)
 
     # --------------------------------------------------------------------------------------------- device
+    @property
     def info(self) -> BaseInfo:
-        base = self.base
-        return BaseInfo(
-            reference=base.reference,
-            family=base.family.name,
-            sha256=base.sha256,
-            native_width=base.native_width,
-            native_height=base.native_height,
-            prediction_type=self.denoiser.prediction_type,
-            default_scheduler=default_scheduler(base.scheduler_config),
-            max_prompt_tokens=base.max_prompt_tokens,
-            num_parameters=base.num_parameters,
-            device=str(base.device),
-            device_description=_describe(base.device),
-            dtype=_dtype(base),
-            memory_total_bytes=_total_memory(base.device),
-            versions=_versions(),
-        )
+        return self._info
 
     def is_out_of_memory(self, error: Exception) -> bool:
         return isinstance(error, torch.OutOfMemoryError | MemoryError)
@@ -252,17 +233,7 @@ class TorchRunner:
 
     def memory(self) -> Memory:
         components = (("base", self._base_bytes), ("bank", self._bank_bytes))
-        if self.base.device.type == "cuda":
-            device = self.base.device
-            return Memory(
-                allocated=torch.cuda.memory_allocated(device),
-                reserved=torch.cuda.memory_reserved(device),
-                peak=torch.cuda.max_memory_allocated(device),
-                components=components,
-            )
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-        return Memory(allocated=resident, reserved=resident, peak=peak, components=components)
+        return device.memory(self.base.device, components)
 
 
 class TrainerRun:
@@ -322,31 +293,3 @@ def _settings(job: GenerationJob) -> dict[str, object]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _dtype(base: BaseModel) -> str:
-    return str(base.dtype).removeprefix("torch.")
-
-
-def _versions() -> tuple[tuple[str, str], ...]:
-    return tuple((package, importlib.metadata.version(package)) for package in _PACKAGES)
-
-
-def _describe(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def _total_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemTotal:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def _model_bytes(base: BaseModel) -> int:
-    modules = (base.unet, base.vae, base.text_encoder)
-    return sum(p.nbytes for module in modules for p in module.parameters())

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
+from torch import distributed as dist
 
 import atelier_server.pocket
 from pocket.classifier import Classifier, ClassifierTask
 from pocket.data import PictureSet
 from pocket.labels import classes_of
+from pocket.peers import average_gradients
 from pocket.text import TextTask, Towers, build_clip, load_text, text_scores, token_ids, train_tokenizer
 from pocket.training import Budget, Losses, Task, Trainer
 from pocket.unet import UnetTask, build_unet, lesson
@@ -173,3 +179,27 @@ def test_the_unet_learns_and_the_text_encoder_in_phase_2(
 def test_the_classifier_learns(tiny_set: PictureSet, tmp_path: Path) -> None:
     task = ClassifierTask(Classifier(classes_of(SMALL), (8, 16)), tiny_set, batch_size=16)
     assert _learns(task, tmp_path, 10, learning_rate=3e-3)
+
+
+def test_two_processes_train_one_network(tmp_path: Path) -> None:
+    words = "text --minutes 9 --max-steps 2 --pictures 140 --held-out 4 --below-gate --json --work"
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    command = (*launcher, "-m", "pocket", *words.split(), str(tmp_path))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["gate"] is False
+    with safe_open(tmp_path / "text" / "state.safetensors", "pt") as state:
+        assert json.loads(state.metadata()["progress"])["step"] == 2
+    assert (tmp_path / "text" / "scorer" / "model.safetensors").exists()
+
+
+def test_gradients_are_averaged_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda flat: flat.add_(1.0))
+    weight, idle = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(3))
+    weight.grad = torch.full((2, 2), 5.0)
+    average_gradients([weight, idle])
+    assert weight.grad.eq(3.0).all()
+    assert idle.grad is not None
+    assert idle.grad.eq(0.5).all()
