@@ -19,6 +19,7 @@ class Attributes:
 
     `drawing` is a sprite's set or "drawn" for a creature; `color` is None for a sprite in its own colours;
     `expression` is None where there is no drawn face; `scene` is None before a plain `backdrop` colour.
+    `accessory` is what a creature wears, as (colour, thing).
     """
 
     subject: str
@@ -28,6 +29,7 @@ class Attributes:
     scene: str | None
     backdrop: str | None
     style: str
+    accessory: tuple[str, str] | None = None
 
 
 def describe(attributes: Attributes, rng: np.random.Generator) -> str:
@@ -52,7 +54,15 @@ def _thing(attributes: Attributes, hidden: frozenset[str], rng: np.random.Genera
         words.append(attributes.color)
     if attributes.drawing in _DRAWINGS and rng.random() < 0.5:
         words.append(_one_of(_DRAWINGS[attributes.drawing], rng).strip())
-    return " ".join(word for word in (*words, attributes.subject) if word)
+    words.append(attributes.subject)
+    if attributes.accessory and not hidden and rng.random() < 0.9:
+        words.append(_worn(*attributes.accessory))
+    return " ".join(word for word in words if word)
+
+
+def _worn(color: str, thing: str) -> str:
+    several = thing.endswith("s")
+    return f"with {color} {thing}" if several else f"with {_article(color)} {color} {thing}"
 
 
 def _place(attributes: Attributes, hidden: frozenset[str], rng: np.random.Generator) -> str:

@@ -16,8 +16,18 @@ from pocket.canvas import Canvas, Color, mix
 CREATURES = ("octopus", "monster", "slime")
 EXPRESSIONS = ("happy", "sad", "angry", "surprised", "sleepy")
 
+ACCESSORIES = ("hat", "bow tie", "glasses", "spots")
+
 _INK: Color = (20, 16, 20)
 _WHITE: Color = (255, 255, 255)
+
+
+@dataclass(frozen=True, slots=True)
+class Accessory:
+    """What a creature wears: one of ACCESSORIES, in a colour. None of them is one of Otto's marks."""
+
+    kind: str
+    color: Color
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +41,13 @@ class _Head:
 
 
 def creature(
-    kind: str, color: Color, expression: str, rng: np.random.Generator, size: int = 128
+    kind: str,
+    color: Color,
+    expression: str,
+    rng: np.random.Generator,
+    size: int = 128,
+    *,
+    accessory: Accessory | None = None,
 ) -> Image.Image:
     """Draws one of CREATURES with one of EXPRESSIONS: RGBA, size x size, background transparent."""
     canvas = Canvas(size, transparent=True)
@@ -46,11 +62,15 @@ def creature(
         raise ValueError(f"{kind!r} is none of {', '.join(CREATURES)}")
     light = mix(color, _WHITE, 0.45)
     canvas.ellipse(head.x - 0.47 * head.rx, head.y - 0.62 * head.ry, 0.22 * head.rx, 0.17 * head.ry, light)
+    if accessory and accessory.kind == "spots":
+        _spots(canvas, head, accessory.color)
     eye = rng.uniform(0.065, 0.085)
     _eyes(canvas, head, expression, eye)
     _mouth(canvas, head, expression)
     if expression == "sad":
         canvas.ellipse(head.x - 0.42 * head.rx, head.y + 1.9 * eye, 0.03, 0.045, (90, 180, 250))
+    if accessory:
+        _worn(canvas, head, accessory, eye)
     return canvas.finish()
 
 
@@ -124,3 +144,25 @@ def _mouth(canvas: Canvas, head: _Head, expression: str) -> None:
         canvas.ellipse(x, y + 0.35 * w, 0.45 * w, 0.55 * w, (60, 15, 25))
     else:
         canvas.line([(x - 0.5 * w, y + 0.3 * w), (x + 0.5 * w, y + 0.3 * w)], 0.024, _INK)
+
+
+def _spots(canvas: Canvas, head: _Head, color: Color) -> None:
+    for x, y, r in ((-0.72, 0.28, 0.13), (0.74, 0.2, 0.15), (0.3, -0.66, 0.16), (-0.05, -0.78, 0.1)):
+        canvas.ellipse(head.x + x * head.rx, head.y + y * head.ry, r * head.rx, r * head.rx, color)
+
+
+def _worn(canvas: Canvas, head: _Head, accessory: Accessory, eye: float) -> None:
+    """A hat above the head, a bow tie under it, or glasses around the eyes."""
+    x, y, rx, ry, color = head.x, head.y, head.rx, head.ry, accessory.color
+    if accessory.kind == "hat":
+        canvas.rectangle(x - 0.5 * rx, y - 1.5 * ry, x + 0.5 * rx, y - 0.8 * ry, color, radius=0.02)
+        canvas.rectangle(x - 0.85 * rx, y - 0.92 * ry, x + 0.85 * rx, y - 0.74 * ry, color, radius=0.02)
+    elif accessory.kind == "bow tie":
+        for side in (-1, 1):
+            wing = [(0, 0.95), (0.5, 0.72), (0.5, 1.2)]
+            canvas.polygon([(x + side * a * rx, y + b * ry) for a, b in wing], color)
+        canvas.ellipse(x, y + 0.95 * ry, 0.035, 0.035, mix(color, (0, 0, 0), 0.35))
+    elif accessory.kind == "glasses":
+        for side in (-1, 1):
+            canvas.arc(x + 0.42 * side * rx, y - 0.016, 1.35 * eye, 1.35 * eye, (0, 360), 0.026, color)
+        canvas.line([(x - 0.1 * rx, y - 0.016), (x + 0.1 * rx, y - 0.016)], 0.026, color)

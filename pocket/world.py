@@ -6,6 +6,7 @@ depends on nothing else, so any number of processes can make any part of a set, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,17 +15,43 @@ from PIL import Image
 
 from pocket.canvas import COLORS, jitter
 from pocket.captions import Attributes, describe
-from pocket.creatures import CREATURES, EXPRESSIONS, creature
+from pocket.creatures import ACCESSORIES, CREATURES, EXPRESSIONS, Accessory, creature
 from pocket.scenes import SCENES, paint_backdrop, paint_scene
 from pocket.sprites import sprite, subjects
 from pocket.styles import STYLES
 
-_CREATURE_SHARE = 0.22
 _CREATURE_WEIGHTS = (0.5, 0.25, 0.25)  # octopus first: the example subject's kin
 _PLAIN_SHARE = 0.17
 _OWN_COLORS_SHARE = 0.28
 # Half of all pictures stay as drawn.
 _STYLE_WEIGHTS = {"none": 4, "photo": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of the world that a model is taught.
+
+    `drawings` maps each subject of the sprites to the drawings it may be shown in. A share of
+    `creature_share` (0..1) of the pictures shows a creature, and `accessory_share` of those wear something.
+    """
+
+    drawings: Mapping[str, tuple[str, ...]]
+    creature_share: float
+    accessory_share: float = 0.0
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        """Every subject that a picture can show, in a fixed order."""
+        return tuple(sorted({*self.drawings, *CREATURES}))
+
+
+WHOLE = Part(subjects(), creature_share=0.22)
+_FEW = (
+    *("balloon", "bear", "car", "cat", "fish", "house", "mushroom", "octopus"),
+    *("penguin", "pig", "rabbit", "rocket", "tree", "turtle"),
+)
+# What a small network can draw crisply: 16 subjects, one drawing each.
+SMALL = Part(dict.fromkeys(_FEW, ("3d",)), creature_share=0.36, accessory_share=0.3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,33 +63,47 @@ class Picture:
     attributes: Attributes
 
 
-def picture(seed: int, number: int, size: int = 128) -> Picture:
+def picture(seed: int, number: int, size: int = 128, part: Part = WHOLE) -> Picture:
     """Picture `number` of the world `seed`: the same arguments give the same bytes and words."""
     rng = np.random.default_rng((seed, number))
-    attributes = draw_attributes(rng)
+    attributes = draw_attributes(rng, part)
     image = paint(attributes, rng, size)
     return Picture(image, describe(attributes, rng), attributes)
 
 
-def draw_attributes(rng: np.random.Generator) -> Attributes:
+def draw_attributes(rng: np.random.Generator, part: Part = WHOLE) -> Attributes:
     """Chooses what a picture shows."""
     colors = tuple(COLORS)
     expression: str | None = None
+    accessory: tuple[str, str] | None = None
     color: str | None = str(rng.choice(colors))
-    if rng.random() < _CREATURE_SHARE:
+    if rng.random() < part.creature_share:
         subject, drawing = str(rng.choice(CREATURES, p=_CREATURE_WEIGHTS)), "drawn"
         expression = str(rng.choice(EXPRESSIONS))
+        if part.accessory_share and rng.random() < part.accessory_share:
+            accessory = (str(rng.choice([other for other in colors if other != color])), _accessory(rng))
     else:
-        subject = str(rng.choice(tuple(subjects())))
-        drawing = str(rng.choice(subjects()[subject]))
+        subject = str(rng.choice(tuple(part.drawings)))
+        drawing = str(rng.choice(part.drawings[subject]))
         color = None if rng.random() < _OWN_COLORS_SHARE else color
     plain = rng.random() < _PLAIN_SHARE
     scene, backdrop = str(rng.choice(tuple(SCENES))), str(rng.choice(colors))
     weights = np.array([_STYLE_WEIGHTS.get(name, 1) for name in STYLES], np.float64)
     style = str(rng.choice(tuple(STYLES), p=weights / weights.sum()))
     return Attributes(
-        subject, drawing, color, expression, None if plain else scene, backdrop if plain else None, style
+        subject,
+        drawing,
+        color,
+        expression,
+        None if plain else scene,
+        backdrop if plain else None,
+        style,
+        accessory,
     )
+
+
+def _accessory(rng: np.random.Generator) -> str:
+    return str(rng.choice(ACCESSORIES))
 
 
 def paint(attributes: Attributes, rng: np.random.Generator, size: int) -> Image.Image:
@@ -91,7 +132,8 @@ def _subject(attributes: Attributes, rng: np.random.Generator, size: int) -> Ima
     if attributes.expression is None:
         return sprite(attributes.subject, attributes.drawing, attributes.color)
     color = jitter(COLORS[attributes.color or "gray"], rng, 10)
-    return creature(attributes.subject, color, attributes.expression, rng, size)
+    worn = attributes.accessory and Accessory(attributes.accessory[1], COLORS[attributes.accessory[0]])
+    return creature(attributes.subject, color, attributes.expression, rng, size, accessory=worn)
 
 
 def _place(background: Image.Image, subject: Image.Image, rng: np.random.Generator) -> Image.Image:

@@ -165,7 +165,7 @@ async def test_a_lost_worker_is_only_a_pause(service: Service) -> None:
     messages = [message async for message in call]
     names = kinds(messages)
     assert names[-1] == "completed"
-    assert "queued" in names[names.index("progress") :]
+    assert names.count("queued") >= 2
     assert messages[-1].completed.timings.restarts == 1
     info = service.application.status
     assert info.restarts == 1
