@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 import threading
+from collections import deque
 from queue import SimpleQueue
 from typing import BinaryIO
 
@@ -18,6 +19,7 @@ from atelier_server.core import (
     Command,
     Event,
     Heartbeat,
+    Sample,
     WorkerFailed,
     WorkerReady,
     WorkerSettings,
@@ -32,26 +34,44 @@ _HEARTBEAT_SECONDS = 1.0
 
 
 class Outbox:
-    """Events to the front, written by a thread of their own: the device never waits for a reader."""
+    """Events to the front, written by a thread of their own: the device never waits for a reader.
+
+    Observations for metrics wait for the next event and travel with it: nobody is in a hurry for them, and
+    waking two processes for each costs a small model's step several percent.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._queue: SimpleQueue[Event | None] = SimpleQueue()
+        self._events: deque[Event] = deque()
+        self._changed = threading.Condition()
+        self._urgent = False
+        self._closed = False
         self._thread = threading.Thread(target=self._write, name="outbox", daemon=True)
         self._thread.start()
 
     def put(self, event: Event) -> None:
-        self._queue.put(event)
+        with self._changed:
+            self._events.append(event)
+            if not isinstance(event, Sample):
+                self._urgent = True
+                self._changed.notify()
 
     def close(self) -> None:
         """Waits until everything is written."""
-        self._queue.put(None)
+        with self._changed:
+            self._urgent = self._closed = True
+            self._changed.notify()
         self._thread.join()
 
     def _write(self) -> None:
-        while (event := self._queue.get()) is not None:
+        while not self._closed or self._events:
+            with self._changed:
+                self._changed.wait_for(lambda: self._urgent)
+                self._urgent = self._closed
+                frames = b"".join(wire.frame(event) for event in self._events)
+                self._events.clear()
             try:
-                self._connection.sendall(wire.frame(event))
+                self._connection.sendall(frames)
             except OSError:
                 return  # the front has gone; the reader ends the process
 
