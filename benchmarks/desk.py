@@ -6,19 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from queue import SimpleQueue
 
-from atelier_server.core import (
-    AdapterUse,
-    Event,
-    GenerationCompleted,
-    GenerationJob,
-    ImageReady,
-    JobFailed,
-    Mode,
-    Submit,
-    WorkerSettings,
-)
+from atelier_server.core import AdapterUse, GenerationJob, Mode
 from atelier_server.engine.loop import Loop, Message
 from atelier_server.engine.trainings import SampleDefaults
+from atelier_server.messages import Event, GenerationCompleted, ImageReady, JobFailed, Submit, WorkerSettings
 from atelier_server.workers.runner import TorchRunner
 
 

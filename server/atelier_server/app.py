@@ -14,7 +14,6 @@ from typing import Any
 
 from atelier_server.adapters.store import AdapterStore
 from atelier_server.config import Settings
-from atelier_server.core import Drain, WorkerSettings
 from atelier_server.jobs.book import Book
 from atelier_server.jobs.calls import Calls
 from atelier_server.jobs.dispatch import CannotStart, Dispatcher, WorkerStatus
@@ -24,6 +23,7 @@ from atelier_server.jobs.training_runs import TrainingRuns, count_checkpoints
 from atelier_server.jobs.trainings import Trainings
 from atelier_server.jobs.uploads import Uploads
 from atelier_server.jobs.wardrobe import Wardrobe
+from atelier_server.messages import Drain, WorkerSettings
 from atelier_server.metrics import Metrics, MetricsServer
 from atelier_server.rpc.health import Health
 from atelier_server.rpc.server import build_server

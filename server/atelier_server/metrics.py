@@ -1,6 +1,6 @@
 """Every Prometheus object of the server, in one table with a registry of its own.
 
-The worker is another process: its observations come as `core.Sample`, named as here without the prefix.
+The worker is another process: its observations come as `messages.Sample`, named as here without the prefix.
 No adapter's and no training's name is ever a label.
 """
 
@@ -15,7 +15,8 @@ from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
-from atelier_server.core import BaseInfo, Heartbeat, Sample, State
+from atelier_server.core import BaseInfo, State
+from atelier_server.messages import Heartbeat, Sample
 
 PREFIX = "atelier_"
 _log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ import socket
 import sys
 from pathlib import Path
 
-from atelier_server import core
+from atelier_server import core, messages
 from atelier_server.adapters.store import AdapterStore
 from atelier_server.workers import wire
 
@@ -50,11 +50,11 @@ class FakeWorker:
         self.held: dict[str, core.GenerationJob | core.TrainingJob] = {}
         self.seen = {"submitted": 0, "cancelled": 0}
         if settings.model == "broken":
-            self.say(core.WorkerFailed("UNSUPPORTED_FORMAT", "there is no such model"))
+            self.say(messages.WorkerFailed("UNSUPPORTED_FORMAT", "there is no such model"))
             sys.exit(1)
-        self.say(core.WorkerReady(BASE, settings.slots))
+        self.say(messages.WorkerReady(BASE, settings.slots))
 
-    def say(self, *events: core.Event) -> None:
+    def say(self, *events: messages.Event) -> None:
         for event in events:
             self.stream.write(wire.frame(event))
         self.stream.flush()
@@ -71,14 +71,14 @@ class FakeWorker:
     def run(self) -> None:
         while True:
             match wire.read(self.stream):
-                case core.Submit(core.GenerationJob() as job):
+                case messages.Submit(core.GenerationJob() as job):
                     self.seen["submitted"] += 1
                     self.generate(job)
-                case core.Submit(core.TrainingJob() as job):
+                case messages.Submit(core.TrainingJob() as job):
                     self.train(job)
-                case core.Cancel(job_id):
+                case messages.Cancel(job_id):
                     self.cancel(job_id)
-                case core.Drain():
+                case messages.Drain():
                     sys.exit(0)
                 case call:
                     self.answer(call)
@@ -87,22 +87,22 @@ class FakeWorker:
         job = self.held.pop(job_id, None)
         if isinstance(job, core.GenerationJob):
             self.seen["cancelled"] += 1
-            self.say(core.JobCancelled(job_id))
+            self.say(messages.JobCancelled(job_id))
         elif job is not None:
             step = job.resume_step + 3
             self.publish(job, step)
-            self.say(core.TrainingCompleted(job_id, core.State.CANCELLED, step, 1.0))
+            self.say(messages.TrainingCompleted(job_id, core.State.CANCELLED, step, 1.0))
 
     # -------------------------------------------------------------------------------------- generations
     def generate(self, job: core.GenerationJob) -> None:
-        self.say(core.Queued(job.id, 0), core.Progress(job.id, 1, job.num_inference_steps))
+        self.say(messages.Queued(job.id, 0), messages.Progress(job.id, 1, job.num_inference_steps))
         if job.prompt == "hold" and not job.alone:
             self.held[job.id] = job
             return
         if job.prompt == "crash" or (job.prompt == "crash-once" and self.first_time("crash")):
             self.die()
         if job.prompt == "fail":
-            self.say(core.JobFailed(job.id, "NONFINITE_IMAGE", "not a number", (("index", "0"),)))
+            self.say(messages.JobFailed(job.id, "NONFINITE_IMAGE", "not a number", (("index", "0"),)))
             return
         if job.prompt == "release":
             for held in list(self.held.values()):
@@ -112,31 +112,31 @@ class FakeWorker:
 
     def finish(self, job: core.GenerationJob) -> None:
         for step in range(2, job.num_inference_steps + 1):
-            self.say(core.Progress(job.id, step, job.num_inference_steps))
+            self.say(messages.Progress(job.id, step, job.num_inference_steps))
         for i in range(job.num_images):
             data = json.dumps({**self.seen, "alone": job.alone, "steps": job.num_inference_steps}).encode()
             if job.prompt == "big":
                 data = bytes(range(256)) * 4096 * 3
-            self.say(core.ImageReady(job.id, i, job.seed + i, "image/png", data))
+            self.say(messages.ImageReady(job.id, i, job.seed + i, "image/png", data))
             if job.prompt == "image-crash-once" and self.first_time("image"):
                 self.die()
-        self.say(core.Sample("images_total", job.num_images))
-        self.say(core.GenerationCompleted(job.id, core.Timings(total_seconds=1.0), 2))
+        self.say(messages.Sample("images_total", job.num_images))
+        self.say(messages.GenerationCompleted(job.id, messages.Timings(total_seconds=1.0), 2))
 
     # ---------------------------------------------------------------------------------------- trainings
     def train(self, job: core.TrainingJob) -> None:
         recipe, script = job.recipe, job.recipe.instance_prompt
         assert all(Path(image.path).is_file() for image in job.images)
-        self.say(core.TrainingStarted(job.id, job.resume_step))
+        self.say(messages.TrainingStarted(job.id, job.resume_step))
         if script == "hold":
             self.held[job.id] = job
         for step in range(job.resume_step + 1, recipe.max_train_steps + 1):
-            self.say(core.TrainingProgress(job.id, step, recipe.max_train_steps, 0.5, 1e-4, 1.0))
-            self.say(core.Sample("train_step_seconds", 0.5))
+            self.say(messages.TrainingProgress(job.id, step, recipe.max_train_steps, 0.5, 1e-4, 1.0))
+            self.say(messages.Sample("train_step_seconds", 0.5))
             if script == "crash" or (script == "crash-once" and step == 7 and self.first_time("train")):
                 self.die()
             if script == "nan" and step == 6:
-                self.say(core.JobFailed(job.id, "NONFINITE_LOSS", "loss is NaN", (("step", "6"),)))
+                self.say(messages.JobFailed(job.id, "NONFINITE_LOSS", "loss is NaN", (("step", "6"),)))
                 return
             if step % recipe.checkpointing_steps == 0 or step == recipe.max_train_steps:
                 silent = script == "silent-crash-once" and self.first_time("silent")
@@ -145,7 +145,7 @@ class FakeWorker:
                     self.die()
             if script == "hold" and step == recipe.checkpointing_steps:
                 return
-        self.say(core.TrainingCompleted(job.id, core.State.SUCCEEDED, recipe.max_train_steps, 2.0))
+        self.say(messages.TrainingCompleted(job.id, core.State.SUCCEEDED, recipe.max_train_steps, 2.0))
 
     def publish(self, job: core.TrainingJob, step: int, *, silent: bool = False) -> None:
         checkpoint = core.CheckpointId(job.name, job.version, step)
@@ -158,36 +158,36 @@ class FakeWorker:
         )
         if silent:
             return
-        self.say(core.CheckpointPublished(job.id, checkpoint, record.sha256, record.size_bytes, 0.25))
+        self.say(messages.CheckpointPublished(job.id, checkpoint, record.sha256, record.size_bytes, 0.25))
         for i, prompt in enumerate(job.recipe.validation_prompts):
             if (step, i) not in job.sampled:
-                self.say(core.SampleReady(job.id, step, i, prompt, 42, "image/png", b"sample %d" % step))
+                self.say(messages.SampleReady(job.id, step, i, prompt, 42, "image/png", b"sample %d" % step))
 
     # -------------------------------------------------------------------------------------------- calls
-    def answer(self, call: core.Command) -> None:
+    def answer(self, call: messages.Command) -> None:
         match call:
-            case core.LoadAdapter(call_id, use):
+            case messages.LoadAdapter(call_id, use):
                 fresh = use.checkpoint not in self.resident
                 self.resident.add(use.checkpoint)
                 self.beat()
-                self.say(core.AdapterLoaded(call_id, fresh))
-            case core.UnloadAdapter(call_id, checkpoints):
+                self.say(messages.AdapterLoaded(call_id, fresh))
+            case messages.UnloadAdapter(call_id, checkpoints):
                 freed = self.resident & set(checkpoints)
                 self.resident -= freed
                 self.beat()
-                self.say(core.AdaptersUnloaded(call_id, len(freed)))
-            case core.ImportAdapter(call_id, path, name, new_version, trigger):
+                self.say(messages.AdaptersUnloaded(call_id, len(freed)))
+            case messages.ImportAdapter(call_id, path, name, new_version, trigger):
                 self.adopt(call_id, Path(path), name, new_version, trigger)
-            case core.ExportAdapter(call_id, use, layout, path):
+            case messages.ExportAdapter(call_id, use, layout, path):
                 if layout == "kohya":
                     self.die()
                 shutil.copyfile(use.path, path)
                 data = Path(path).read_bytes()
-                self.say(core.AdapterExported(call_id, path, len(data), hashlib.sha256(data).hexdigest()))
+                self.say(messages.AdapterExported(call_id, path, len(data), hashlib.sha256(data).hexdigest()))
 
     def adopt(self, call_id: str, path: Path, name: str, new_version: bool, trigger: str) -> None:
         if path.read_bytes().startswith(b"bad"):
-            self.say(core.CallFailed(call_id, "ADAPTER_MISMATCH", "layer x does not fit"))
+            self.say(messages.CallFailed(call_id, "ADAPTER_MISMATCH", "layer x does not fit"))
             return
         meta = self.store.create_version(
             name=name,
@@ -205,10 +205,10 @@ class FakeWorker:
             rank=4,
             lora_alpha=4.0,
         )
-        self.say(core.AdapterImported(call_id, checkpoint, "diffusers", 7))
+        self.say(messages.AdapterImported(call_id, checkpoint, "diffusers", 7))
 
     def beat(self) -> None:
-        self.say(core.Heartbeat(0, 0, 0, tuple(sorted(self.resident)), 10, 20, 30, (("unet", 5),)))
+        self.say(messages.Heartbeat(0, 0, 0, tuple(sorted(self.resident)), 10, 20, 30, (("unet", 5),)))
 
 
 if __name__ == "__main__":

@@ -24,24 +24,37 @@ CLIENT_MAY = {"atelier", "google", "grpc", "grpc_status", "IPython", "PIL", "ric
 
 # A room of atelier_server -> the rooms it may see beside itself. "adapters.store" is the torch-free half.
 NOUNS = {"core", "errors"}
+MESSAGES = {"messages"}
 STORE = {"adapters.store", "adapters.reference"}
 ROOMS: dict[str, set[str]] = {
     "core": set(),
+    "messages": {"core"},
     "errors": {"core"},
     "config": {"core"},
-    "metrics": {"core"},
+    "metrics": {"core", *MESSAGES},
     "adapters": NOUNS,
     "diffusion": {*NOUNS, "pocket"},
     "training": {*NOUNS, "adapters", "diffusion"},
-    "engine": {*NOUNS, "metrics", *STORE},
-    "jobs": {*NOUNS, "metrics", "config", "workers", *STORE},
-    "rpc": {*NOUNS, "metrics", "config", "jobs", *STORE},
-    "workers": {*NOUNS, "metrics", "config"},
+    "engine": {*NOUNS, *MESSAGES, "metrics", *STORE},
+    "jobs": {*NOUNS, *MESSAGES, "metrics", "config", "workers", *STORE},
+    "rpc": {*NOUNS, *MESSAGES, "metrics", "config", "jobs", *STORE},
+    "workers": {*NOUNS, *MESSAGES, "metrics", "config"},
     "pocket": set(),
 }
 # The worker's entry is where the desk, the wardrobe, the maths and the teacher are wired.
 ENTRY = {"workers.device", "workers.process", "workers.runner"}
-ENTRY_MAY = {*NOUNS, "config", "engine", "adapters", "diffusion", "training", "workers", "pocket", *STORE}
+ENTRY_MAY = {
+    *NOUNS,
+    *MESSAGES,
+    "config",
+    "engine",
+    "adapters",
+    "diffusion",
+    "training",
+    "workers",
+    "pocket",
+    *STORE,
+}
 TORCH_ROOMS = {"adapters", "diffusion", "training"}
 COMPOSITION = {"app", "__main__", "atelier_server"}
 

@@ -7,7 +7,8 @@ import logging
 import pytest
 from prometheus_client import Counter, Gauge, Histogram, generate_latest
 
-from atelier_server.core import Sample, State
+from atelier_server.core import State
+from atelier_server.messages import Sample
 from atelier_server.metrics import TABLE, Metrics
 
 CONTRACT = {

@@ -6,18 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic
 
-from atelier_server.core import (
-    Event,
-    GenerationCompleted,
-    GenerationJob,
-    ImageReady,
-    Progress,
-    Queued,
-    Sample,
-    Timings,
-)
+from atelier_server.core import GenerationJob
 from atelier_server.engine.runner import Decoded
 from atelier_server.engine.scheduler import ImageTask
+from atelier_server.messages import Event, GenerationCompleted, ImageReady, Progress, Queued, Sample, Timings
 
 PROGRESS_INTERVAL = 0.1  # seconds between two progress events of a generation
 

@@ -9,20 +9,24 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from time import monotonic
 
-from atelier_server.core import (
+from atelier_server.core import AdapterUse, CheckpointId, GenerationJob, TrainingJob
+from atelier_server.engine.generations import Generations
+from atelier_server.engine.residency import Residency
+from atelier_server.engine.runner import Decoded, Runner
+from atelier_server.engine.scheduler import DenoiseBatch, ImageTask, Scheduler, TrainStep
+from atelier_server.engine.trainings import SampleDefaults, Trainings
+from atelier_server.errors import AtelierError
+from atelier_server.messages import (
     AdapterExported,
     AdapterImported,
     AdapterLoaded,
     AdaptersUnloaded,
-    AdapterUse,
     CallFailed,
     Cancel,
-    CheckpointId,
     Command,
     Drain,
     Event,
     ExportAdapter,
-    GenerationJob,
     ImageReady,
     ImportAdapter,
     JobCancelled,
@@ -30,15 +34,8 @@ from atelier_server.core import (
     LoadAdapter,
     Sample,
     Submit,
-    TrainingJob,
     UnloadAdapter,
 )
-from atelier_server.engine.generations import Generations
-from atelier_server.engine.residency import Residency
-from atelier_server.engine.runner import Decoded, Runner
-from atelier_server.engine.scheduler import DenoiseBatch, ImageTask, Scheduler, TrainStep
-from atelier_server.engine.trainings import SampleDefaults, Trainings
-from atelier_server.errors import AtelierError
 
 _log = logging.getLogger(__name__)
 

@@ -6,25 +6,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from time import monotonic
 
-from atelier_server.core import (
-    AdapterUse,
+from atelier_server.core import AdapterUse, GenerationJob, Mode, Recipe, State, TrainingJob
+from atelier_server.engine.runner import Published, TrainingRun
+from atelier_server.messages import (
     CheckpointPublished,
     Event,
-    GenerationJob,
     ImageReady,
     JobFailed,
-    Mode,
-    Recipe,
     Sample,
     SampleReady,
-    State,
     TrainingCompleted,
-    TrainingJob,
     TrainingProgress,
     TrainingStarted,
     TrainingWarning,
 )
-from atelier_server.engine.runner import Published, TrainingRun
 
 PROGRESS_INTERVAL = 0.1  # seconds between two progress events of a training
 SAMPLE_BUCKET = 8  # rows of a sample's forward: strict, so that Generate can give the same picture

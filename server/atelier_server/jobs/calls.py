@@ -7,7 +7,8 @@ import uuid
 from collections.abc import Callable
 from typing import TypeVar
 
-from atelier_server.core import (
+from atelier_server.errors import AtelierError, WorkerLost, WorkerNotReady, by_reason
+from atelier_server.messages import (
     AdapterExported,
     AdapterImported,
     AdapterLoaded,
@@ -15,7 +16,6 @@ from atelier_server.core import (
     CallFailed,
     Command,
 )
-from atelier_server.errors import AtelierError, WorkerLost, WorkerNotReady, by_reason
 
 Answer = AdapterLoaded | AdaptersUnloaded | AdapterImported | AdapterExported
 A = TypeVar("A", AdapterLoaded, AdaptersUnloaded, AdapterImported, AdapterExported)

@@ -7,14 +7,17 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from atelier_server.core import (
+from atelier_server.core import BaseInfo, CheckpointId
+from atelier_server.errors import WorkerNotReady
+from atelier_server.jobs.calls import Calls
+from atelier_server.jobs.generations import Generations
+from atelier_server.jobs.training_runs import TrainingRuns
+from atelier_server.messages import (
     AdapterExported,
     AdapterImported,
     AdapterLoaded,
     AdaptersUnloaded,
-    BaseInfo,
     CallFailed,
-    CheckpointId,
     CheckpointPublished,
     Event,
     GenerationCompleted,
@@ -34,10 +37,6 @@ from atelier_server.core import (
     WorkerLost,
     WorkerReady,
 )
-from atelier_server.errors import WorkerNotReady
-from atelier_server.jobs.calls import Calls
-from atelier_server.jobs.generations import Generations
-from atelier_server.jobs.training_runs import TrainingRuns
 from atelier_server.metrics import Metrics
 from atelier_server.workers.handle import WorkerHandle
 

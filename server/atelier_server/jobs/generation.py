@@ -6,15 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
-from atelier_server.core import (
-    GenerationCompleted,
-    GenerationJob,
-    ImageReady,
-    JobFailed,
-    Progress,
-    Queued,
-)
+from atelier_server.core import GenerationJob
 from atelier_server.errors import AtelierError, by_reason
+from atelier_server.messages import GenerationCompleted, ImageReady, JobFailed, Progress, Queued
 
 StreamEvent = Queued | Progress | ImageReady | GenerationCompleted
 

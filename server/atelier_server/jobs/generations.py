@@ -11,11 +11,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 from itertools import count
 
-from atelier_server.core import (
+from atelier_server.core import GenerationJob
+from atelier_server.errors import Cancelled, QueueFull, RequestIdReused, ServerDraining, WorkerLost
+from atelier_server.jobs.generation import Generation, Reader
+from atelier_server.messages import (
     Cancel,
     Command,
     GenerationCompleted,
-    GenerationJob,
     ImageReady,
     JobCancelled,
     JobFailed,
@@ -23,8 +25,6 @@ from atelier_server.core import (
     Queued,
     Submit,
 )
-from atelier_server.errors import Cancelled, QueueFull, RequestIdReused, ServerDraining, WorkerLost
-from atelier_server.jobs.generation import Generation, Reader
 from atelier_server.metrics import Metrics
 
 GenerationEvent = Queued | Progress | ImageReady | GenerationCompleted | JobFailed | JobCancelled

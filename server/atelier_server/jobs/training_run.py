@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Callable
 
-from atelier_server.core import TrainingProgress
+from atelier_server.messages import TrainingProgress
 
 _PROGRESS_SECONDS = 0.25  # at most four progress events a second and training
 

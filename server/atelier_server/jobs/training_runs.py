@@ -13,21 +13,7 @@ from collections.abc import Callable
 from functools import partial
 
 from atelier_server.adapters.store import AdapterStore, CheckpointRecord
-from atelier_server.core import (
-    Cancel,
-    CheckpointPublished,
-    Command,
-    JobFailed,
-    SampleReady,
-    State,
-    Submit,
-    TrainingCompleted,
-    TrainingImage,
-    TrainingJob,
-    TrainingProgress,
-    TrainingStarted,
-    TrainingWarning,
-)
+from atelier_server.core import State, TrainingImage, TrainingJob
 from atelier_server.errors import AdapterNotFound, AtelierError, CrashLoop
 from atelier_server.jobs.lane import Lane
 from atelier_server.jobs.records import (
@@ -41,6 +27,18 @@ from atelier_server.jobs.records import (
 )
 from atelier_server.jobs.training_log import TrainingLog
 from atelier_server.jobs.training_run import Run
+from atelier_server.messages import (
+    Cancel,
+    CheckpointPublished,
+    Command,
+    JobFailed,
+    SampleReady,
+    Submit,
+    TrainingCompleted,
+    TrainingProgress,
+    TrainingStarted,
+    TrainingWarning,
+)
 from atelier_server.metrics import Metrics
 
 TrainingEvent = (

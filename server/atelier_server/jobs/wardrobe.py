@@ -8,25 +8,23 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from atelier_server.adapters.store import AdapterStore, AdapterVersion
-from atelier_server.core import (
-    AdapterExported,
-    AdapterImported,
-    AdapterLoaded,
-    AdapterRef,
-    AdaptersUnloaded,
-    AdapterUse,
-    CheckpointId,
-    ExportAdapter,
-    ImportAdapter,
-    LoadAdapter,
-    UnloadAdapter,
-)
+from atelier_server.core import AdapterRef, AdapterUse, CheckpointId
 from atelier_server.errors import AdapterExists, AdapterInUse, AdapterNotFound, WorkerLost
 from atelier_server.jobs.calls import Calls
 from atelier_server.jobs.generations import Generations
 from atelier_server.jobs.training_runs import count_checkpoints
 from atelier_server.jobs.trainings import Trainings
 from atelier_server.jobs.uploads import Uploads
+from atelier_server.messages import (
+    AdapterExported,
+    AdapterImported,
+    AdapterLoaded,
+    AdaptersUnloaded,
+    ExportAdapter,
+    ImportAdapter,
+    LoadAdapter,
+    UnloadAdapter,
+)
 from atelier_server.metrics import Metrics
 
 

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Protocol
 
-from atelier_server.core import Command, Event, WorkerLost, WorkerSettings
+from atelier_server.messages import Command, Event, WorkerLost, WorkerSettings
 from atelier_server.workers import wire
 
 _log = logging.getLogger(__name__)

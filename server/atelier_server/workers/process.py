@@ -15,7 +15,9 @@ from collections import deque
 from queue import SimpleQueue
 from typing import BinaryIO
 
-from atelier_server.core import (
+from atelier_server.engine.loop import Loop, Message
+from atelier_server.engine.trainings import SampleDefaults
+from atelier_server.messages import (
     Command,
     Event,
     Heartbeat,
@@ -24,8 +26,6 @@ from atelier_server.core import (
     WorkerReady,
     WorkerSettings,
 )
-from atelier_server.engine.loop import Loop, Message
-from atelier_server.engine.trainings import SampleDefaults
 from atelier_server.workers import wire
 from atelier_server.workers.runner import TorchRunner
 

@@ -25,14 +25,7 @@ from atelier_server.adapters.format import (
     write_adapter,
 )
 from atelier_server.adapters.store import AdapterStore, CheckpointRecord
-from atelier_server.core import (
-    AdapterUse,
-    BaseInfo,
-    CheckpointId,
-    GenerationJob,
-    TrainingJob,
-    WorkerSettings,
-)
+from atelier_server.core import AdapterUse, BaseInfo, CheckpointId, GenerationJob, TrainingJob
 from atelier_server.diffusion.base import load_base
 from atelier_server.diffusion.denoiser import Denoiser, Picture
 from atelier_server.diffusion.images import encode_picture
@@ -40,6 +33,7 @@ from atelier_server.diffusion.schedulers import Trajectory
 from atelier_server.engine.runner import Decoded, Memory, Published, StepReport
 from atelier_server.engine.scheduler import ImageTask
 from atelier_server.errors import AdapterNotFound, DataLoss, NonfiniteImage, UnsupportedFormat
+from atelier_server.messages import WorkerSettings
 from atelier_server.training.trainer import LoraTrainer
 from atelier_server.workers import device
 

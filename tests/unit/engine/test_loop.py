@@ -7,12 +7,15 @@ from queue import SimpleQueue
 
 import pytest
 
-from atelier_server.core import (
+from atelier_server.core import CheckpointId, State
+from atelier_server.engine.loop import Loop, Message
+from atelier_server.engine.trainings import SampleDefaults
+from atelier_server.errors import NonfiniteLoss
+from atelier_server.messages import (
     AdapterLoaded,
     AdaptersUnloaded,
     CallFailed,
     Cancel,
-    CheckpointId,
     CheckpointPublished,
     Drain,
     Event,
@@ -26,16 +29,12 @@ from atelier_server.core import (
     Queued,
     Sample,
     SampleReady,
-    State,
     Submit,
     TrainingCompleted,
     TrainingStarted,
     TrainingWarning,
     UnloadAdapter,
 )
-from atelier_server.engine.loop import Loop, Message
-from atelier_server.engine.trainings import SampleDefaults
-from atelier_server.errors import NonfiniteLoss
 from tests.fakes import FakeRunner, generation, training, use
 
 

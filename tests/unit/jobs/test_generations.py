@@ -6,21 +6,20 @@ from dataclasses import replace
 
 import pytest
 
-from atelier_server.core import (
+from atelier_server.core import GenerationJob, Mode
+from atelier_server.errors import RequestIdReused, ServerDraining, WorkerLost
+from atelier_server.jobs.generation import Reader
+from atelier_server.jobs.generations import Generations
+from atelier_server.messages import (
     Cancel,
     Command,
     GenerationCompleted,
-    GenerationJob,
     ImageReady,
-    Mode,
     Progress,
     Queued,
     Submit,
     Timings,
 )
-from atelier_server.errors import RequestIdReused, ServerDraining, WorkerLost
-from atelier_server.jobs.generation import Reader
-from atelier_server.jobs.generations import Generations
 from atelier_server.metrics import Metrics
 
 JOB = GenerationJob("a", "", "", (), 0, 2, 10, 7.5, "ddim", 64, 64, Mode.FAST, 0)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from atelier_server.core import Cancel, JobCancelled, WorkerLost, WorkerSettings
+from atelier_server.messages import Cancel, JobCancelled, WorkerLost, WorkerSettings
 from atelier_server.workers.handle import LocalWorker
 
 SETTINGS = WorkerSettings("m", "cpu", "auto", "d", 1, 3, 1, 1)
 ECHO = """
 import os, socket, sys
 from atelier_server.workers import wire
-from atelier_server.core import JobCancelled
+from atelier_server.messages import JobCancelled
 stream = socket.socket(fileno=int(sys.argv[1])).makefile("rwb")
 settings = wire.read(stream)
 facts = (settings.model, os.environ["OMP_WAIT_POLICY"], os.environ["OMP_NUM_THREADS"])

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from atelier_server.core import JobCancelled, Sample
+from atelier_server.messages import JobCancelled, Sample
 from atelier_server.workers import wire
 from atelier_server.workers.process import Outbox
 

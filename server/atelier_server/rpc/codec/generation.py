@@ -16,15 +16,12 @@ from atelier_server.core import (
     SCHEDULERS,
     AdapterRef,
     BaseInfo,
-    GenerationCompleted,
     GenerationJob,
     ImageFormat,
-    ImageReady,
     Mode,
-    Progress,
-    Queued,
 )
 from atelier_server.jobs.generation import Generation, StreamEvent
+from atelier_server.messages import GenerationCompleted, ImageReady, Progress, Queued
 from atelier_server.rpc.codec.checks import Checks
 from atelier_server.rpc.codec.times import timestamp
 

@@ -1,0 +1,309 @@
+"""The messages between front and worker: `Command`s go down, `Event`s come up, nothing else crosses.
+
+Frozen and cheap to pickle, like the nouns they carry.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from atelier_server.core import AdapterUse, BaseInfo, CheckpointId, GenerationJob, State, TrainingJob
+
+
+# --------------------------------------------------------------------------------------------- commands
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """The first message to a worker: what it needs of the server's settings. `threads` 0 = one a core."""
+
+    model: str
+    device: str
+    dtype: str
+    data_dir: str
+    slots: int
+    threads: int
+    max_lora_rank: int
+    max_adapters_per_image: int
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    job: GenerationJob | TrainingJob
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Stops a job at its next step. A training publishes what it has learned first."""
+
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadAdapter:
+    """Answered by `AdapterLoaded` with the same `call_id`."""
+
+    call_id: str
+    use: AdapterUse
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadAdapter:
+    """Frees the slots of these checkpoints; answered by `AdaptersUnloaded`."""
+
+    call_id: str
+    checkpoints: tuple[CheckpointId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ImportAdapter:
+    """Checks the safetensors file at `path` against the base and publishes it as step 0 of a new version.
+
+    Answered by `AdapterImported` or `CallFailed`.
+    """
+
+    call_id: str
+    path: str
+    name: str
+    new_version: bool
+    trigger: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExportAdapter:
+    """Writes the checkpoint in `layout` ("diffusers", "kohya", "peft") to `path`.
+
+    Answered by `AdapterExported` or `CallFailed`.
+    """
+
+    call_id: str
+    use: AdapterUse
+    layout: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Finish running generations, checkpoint trainings, then exit."""
+
+
+Command = Submit | Cancel | LoadAdapter | UnloadAdapter | ImportAdapter | ExportAdapter | Drain
+
+
+# ----------------------------------------------------------------------------------------------- events
+@dataclass(frozen=True, slots=True)
+class WorkerReady:
+    base: BaseInfo
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFailed:
+    """The worker cannot start at all (a bad model reference, say); it exits after this."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    job_id: str
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Denoise steps of a generation, over all its pictures."""
+
+    job_id: str
+    step: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageReady:
+    job_id: str
+    index: int
+    seed: int
+    mime_type: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    queue_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    denoise_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    total_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationCompleted:
+    job_id: str
+    timings: Timings
+    bucket: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobFailed:
+    """A job ended for a reason of its own. `reason` is a key of `errors.by_reason`."""
+
+    job_id: str
+    reason: str
+    message: str
+    metadata: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class JobCancelled:
+    """A generation stopped because nobody reads it. A training ends with `TrainingCompleted`."""
+
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingStarted:
+    """The training has its data and its weights; `from_step` is above 0 after a restart."""
+
+    job_id: str
+    from_step: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingProgress:
+    job_id: str
+    step: int
+    max_train_steps: int
+    loss: float
+    learning_rate: float
+    seconds_left: float
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointPublished:
+    job_id: str
+    checkpoint: CheckpointId
+    sha256: str
+    size_bytes: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class SampleReady:
+    job_id: str
+    step: int
+    index: int
+    prompt: str
+    seed: int
+    mime_type: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingWarning:
+    job_id: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingCompleted:
+    """The training ended well (SUCCEEDED) or on request (CANCELLED) at `step`."""
+
+    job_id: str
+    state: State
+    step: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLoaded:
+    call_id: str
+    loaded: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptersUnloaded:
+    call_id: str
+    unloaded: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterImported:
+    call_id: str
+    checkpoint: CheckpointId
+    detected_format: str
+    matched_modules: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterExported:
+    call_id: str
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallFailed:
+    """A call (not a job) could not be done. `reason` is a key of `errors.by_reason`."""
+
+    call_id: str
+    reason: str
+    message: str
+    metadata: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Sent about once a second and whenever residency changes, also in the middle of long work."""
+
+    queued_generations: int
+    running_images: int
+    running_trainings: int
+    resident: tuple[CheckpointId, ...]
+    memory_allocated_bytes: int
+    memory_reserved_bytes: int
+    memory_peak_bytes: int
+    component_bytes: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One observation for a metric of `metrics.py`: its name, its value, its labels in order."""
+
+    metric: str
+    value: float
+    labels: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """Made by the front's WorkerHandle, never sent: the process is gone."""
+
+    exit_code: int | None
+
+
+Event = (
+    WorkerReady
+    | WorkerFailed
+    | WorkerLost
+    | Queued
+    | Progress
+    | ImageReady
+    | GenerationCompleted
+    | JobFailed
+    | JobCancelled
+    | TrainingStarted
+    | TrainingProgress
+    | CheckpointPublished
+    | SampleReady
+    | TrainingWarning
+    | TrainingCompleted
+    | AdapterLoaded
+    | AdaptersUnloaded
+    | AdapterImported
+    | AdapterExported
+    | CallFailed
+    | Heartbeat
+    | Sample
+)
