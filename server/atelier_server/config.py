@@ -6,9 +6,9 @@ The only place that looks at the environment.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -61,3 +61,12 @@ class Settings(BaseSettings):
         if value in ("auto", "cpu", "cuda") or (name == "cuda" and index.isdigit()):
             return value
         raise ValueError(f"{value!r} is none of auto, cpu, cuda, cuda:N")
+
+    @model_validator(mode="after")
+    def _slots_for_one_picture(self) -> Self:
+        if self.slots < self.limits.max_adapters_per_image:
+            raise ValueError(
+                f"slots: {self.slots} are too few for one picture with "
+                f"limits.max_adapters_per_image={self.limits.max_adapters_per_image} adapters"
+            )
+        return self

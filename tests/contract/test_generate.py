@@ -213,7 +213,7 @@ async def test_an_adapter_in_use_is_not_deleted(service: Service) -> None:
     await service.generate("release")
     messages = [message async for message in held]
     used = messages[-1].completed.receipt.adapters
-    assert [(a.name, a.version, a.step, a.weight) for a in used] == [("otto@500", 1, 500, 0.5)]
+    assert [(a.name, a.version, a.step, a.weight) for a in used] == [("otto", 1, 500, 0.5)]
     await service.adapters.DeleteAdapter(delete)
     refusal = await refused(service.adapters.DeleteAdapter(delete))
     assert refusal.code == "NOT_FOUND"

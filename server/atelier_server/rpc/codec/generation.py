@@ -178,7 +178,7 @@ def _receipt(event: GenerationCompleted, generation: Generation, base: BaseInfo)
         base_sha256=base.sha256,
         adapters=[
             pb.Receipt.Adapter(
-                name=str(use.checkpoint),
+                name=use.checkpoint.name,
                 version=use.checkpoint.version,
                 step=use.checkpoint.step,
                 weight=use.weight,
