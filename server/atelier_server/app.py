@@ -88,7 +88,7 @@ class Application:
             self._runs,
             self._store,
             limit=limits.max_queued_trainings,
-            step_seconds=lambda: self.status.train_step_seconds,
+            row_seconds=lambda: self.status.row_seconds,
         )
         calls = Calls(send)
         wardrobe = Wardrobe(

@@ -91,8 +91,11 @@ Command = Submit | Cancel | LoadAdapter | UnloadAdapter | ImportAdapter | Export
 # ----------------------------------------------------------------------------------------------- events
 @dataclass(frozen=True, slots=True)
 class WorkerReady:
+    """`row_seconds`: what a row of a forward costs at the base's native size, measured at the start."""
+
     base: BaseInfo
     slots: int
+    row_seconds: float
 
 
 @dataclass(frozen=True, slots=True)

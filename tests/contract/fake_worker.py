@@ -52,7 +52,7 @@ class FakeWorker:
         if settings.model == "broken":
             self.say(messages.WorkerFailed("UNSUPPORTED_FORMAT", "there is no such model"))
             sys.exit(1)
-        self.say(messages.WorkerReady(BASE, settings.slots))
+        self.say(messages.WorkerReady(BASE, settings.slots, 0.01))
 
     def say(self, *events: messages.Event) -> None:
         for event in events:

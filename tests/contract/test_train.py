@@ -63,6 +63,7 @@ async def test_a_training_tells_its_life_in_order(service: Service) -> None:
         "otto@20",
     )
     assert events[0].accepted.estimated_bytes > 0
+    assert events[0].accepted.estimated_seconds == pytest.approx(20 * 4 * 3 * 0.01)
     answer = await service.trainings.GetTraining(training_pb2.GetTrainingRequest(training="otto"))
     training = answer.training
     assert (training.id, training.last_seq) == (events[0].training, len(events))

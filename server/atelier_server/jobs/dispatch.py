@@ -60,7 +60,7 @@ class WorkerStatus:
     slots: int = 0
     restarts: int = 0
     heartbeat: Heartbeat | None = None
-    train_step_seconds: float = 0.0
+    row_seconds: float = 0.0
 
     def known_base(self) -> BaseInfo:
         """Raises WorkerNotReady until a worker has told its base model."""
@@ -140,7 +140,7 @@ class Dispatcher:
     async def _ready(self, event: WorkerReady) -> None:
         status = self._status
         status.ready, status.message = True, ""
-        status.base, status.slots = event.base, event.slots
+        status.base, status.slots, status.row_seconds = event.base, event.slots, event.row_seconds
         _log.info("the worker is ready: %s on %s", event.base.reference, event.base.device)
         self._calls.worker_ready()
         self._generations.worker_ready()
@@ -178,8 +178,6 @@ class Dispatcher:
                 if self._status.base is not None:
                     self._metrics.heartbeat(event, self._status.base)
             case Sample():
-                if event.metric == "train_step_seconds":
-                    self._status.train_step_seconds = event.value
                 self._metrics.observe(event)
             case _:
                 _log.error("nobody knows what to do with %s", type(event).__name__)

@@ -129,7 +129,7 @@ def serve(connection: socket.socket) -> int:
         slots=settings.slots,
         sample_defaults=SampleDefaults(info.native_width, info.native_height, info.default_scheduler),
     )
-    outbox.put(WorkerReady(info, settings.slots))
+    outbox.put(WorkerReady(info, settings.slots, runner.warm_up()))
     stopped = threading.Event()
     threading.Thread(
         target=_beat, args=(loop, runner, outbox, stopped), name="heartbeat", daemon=True

@@ -217,6 +217,20 @@ class TorchRunner:
     def info(self) -> BaseInfo:
         return self._info
 
+    def warm_up(self) -> float:
+        """Runs a forward of two rows at native size twice; what a row of the second cost, in seconds."""
+        base, seconds = self.base, 0.0
+        shape = base.latent_shape(base.native_width, base.native_height)
+        latents = torch.zeros((2, *shape), device=base.device, dtype=base.dtype)
+        prompts = self._prompt("").expand(2, -1, -1)
+        timesteps = torch.zeros(2, device=base.device)
+        for _ in range(2):
+            before = monotonic()
+            with torch.no_grad():
+                self.denoiser.predict(latents, timesteps, prompts).sum().item()  # waits for the device
+            seconds = monotonic() - before
+        return seconds / len(latents)
+
     def is_out_of_memory(self, error: Exception) -> bool:
         return isinstance(error, torch.OutOfMemoryError | MemoryError)
 
