@@ -1,0 +1,84 @@
+"""Any mix of strict requests, joined at any step, composed in any order: each has the bits it has alone."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from atelier_server.core import AdapterUse, GenerationJob, Mode
+from benchmarks.desk import Desk, job
+from tests.adapters import random_adapter, write
+
+SCHEDULERS = ("ddim", "euler", "euler-a", "dpmpp-2m", "unipc", "heun")
+SAMPLE, SOAK = 12, 400
+
+
+@pytest.fixture(scope="module")
+def desk() -> Iterator[tuple[Desk, list[AdapterUse]]]:
+    root = Path(tempfile.mkdtemp())
+    desk = Desk("pocket", root / "data", slots=3, max_rank=32)
+    files = [
+        write(random_adapter(i, rank=rank, alpha=rank / 2, convolutions=i == 2), root / f"a{i}.safetensors")
+        for i, rank in enumerate((2, 8, 16, 32))
+    ]
+    yield desk, desk.publish(files)
+    shutil.rmtree(root)
+
+
+REQUEST = st.tuples(
+    st.lists(st.integers(0, 3), max_size=2, unique=True),
+    st.sampled_from(SCHEDULERS),
+    st.integers(1, 4),
+    st.sampled_from([1.0, 4.0]),
+    st.integers(0, 3),
+)
+
+
+def request(
+    number: int, uses: list[AdapterUse], drawn: tuple[list[int], str, int, float, int]
+) -> GenerationJob:
+    adapters, scheduler, steps, guidance, seed = drawn
+    composed = tuple(replace(uses[i], weight=0.5 + i / 4) for i in adapters)
+    plain = job(f"r{number}", "a red octopus", *composed, steps=steps, seed=seed)
+    return replace(plain, scheduler=scheduler, guidance_scale=guidance, mode=Mode.STRICT, bucket=8)
+
+
+def check(desk: tuple[Desk, list[AdapterUse]], mix: list[tuple[list[int], str, int, float, int]]) -> None:
+    table, uses = desk
+    jobs = [request(number, uses, drawn) for number, drawn in enumerate(mix)]
+    together = table.generate(jobs)
+    for one in jobs:
+        turned = replace(one, adapters=tuple(reversed(one.adapters)))
+        alone = table.generate([turned])[one.id]
+        # The file tells the adapters in the order in which they were asked for: pixels are compared.
+        assert pixels(alone[0]) == pixels(together[one.id][0])
+
+
+def pixels(file: bytes) -> bytes:
+    """The compressed picture without what is written beside it."""
+    return file[file.index(b"IDAT") :]
+
+
+@given(st.lists(REQUEST, min_size=2, max_size=6))
+@settings(max_examples=SAMPLE, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_a_sample_of_mixes(
+    desk: tuple[Desk, list[AdapterUse]], mix: list[tuple[list[int], str, int, float, int]]
+) -> None:
+    check(desk, mix)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3000)
+@given(st.lists(REQUEST, min_size=2, max_size=6))
+@settings(max_examples=SOAK, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_many_mixes(
+    desk: tuple[Desk, list[AdapterUse]], mix: list[tuple[list[int], str, int, float, int]]
+) -> None:
+    check(desk, mix)
