@@ -192,10 +192,11 @@ class TrainingStream(_Resumable[TrainingEvent]):
             return None  # told already, over an earlier connection
         self._seq = message.seq
         event = codec.training_event(message)
-        if isinstance(event, TrainingCompleted):
-            self.ended = True
-            if event.state is TrainingState.FAILED:
-                self._failure = FailedPreconditionError(event.message, reason=event.reason)
+        # A training that was resumed has ended before: only the last event tells how it stands.
+        self.ended = isinstance(event, TrainingCompleted)
+        self._failure = None
+        if isinstance(event, TrainingCompleted) and event.state is TrainingState.FAILED:
+            self._failure = FailedPreconditionError(event.message, reason=event.reason)
         return event
 
     def closed(self) -> float:

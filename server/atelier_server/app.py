@@ -247,9 +247,9 @@ async def run(settings: Settings, worker_argv: Sequence[str] = DEFAULT_ARGV) -> 
         loop.add_signal_handler(number, application.leave)
     try:
         await application.start()
-        metrics = address(settings.host, application.metrics_port) if application.metrics_port else "off"
-        where = address(settings.host, application.port)
-        print(f"atelier listening on {where} (metrics on {metrics})", flush=True)
+        port = application.metrics_port
+        metrics = f"metrics on {address(settings.host, port)}" if port else "no metrics"
+        print(f"atelier listening on {address(settings.host, application.port)} ({metrics})", flush=True)
         await application.serve()
     finally:
         await application.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import io
 import sys
 import uuid
@@ -19,6 +20,7 @@ from grpc_status import rpc_status
 from PIL import Image
 
 from atelier.v1 import (
+    adapter_pb2,
     adapter_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
@@ -165,3 +167,12 @@ def kinds(messages: Iterable[object]) -> list[str]:
 
 def new_id() -> str:
     return str(uuid.uuid4())
+
+
+def import_requests(data: bytes, **fields: object) -> list[adapter_pb2.ImportAdapterRequest]:
+    values = {"name": "guest", "size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    metadata = adapter_pb2.ImportAdapterRequest.Metadata(**{**values, **fields})
+    return [
+        adapter_pb2.ImportAdapterRequest(metadata=metadata),
+        *(adapter_pb2.ImportAdapterRequest(chunk=data[i : i + 2**20]) for i in range(0, len(data), 2**20)),
+    ]

@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from atelier.v1 import adapter_pb2, generation_pb2, server_pb2
 from atelier_server.app import Application, StartError
 from atelier_server.core import SCHEDULERS
-from tests.contract.harness import FAKE, Service, Start, kinds, refused, running, settings
+from tests.contract.harness import FAKE, Service, Start, import_requests, kinds, refused, running, settings
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -100,15 +100,6 @@ async def test_adapters_are_loaded_and_unloaded(service: Service) -> None:
     assert (await refused(service.adapters.UnloadAdapter(unload))).reason == "ADAPTER_NOT_FOUND"
     delete = adapter_pb2.DeleteAdapterRequest(adapter="otto@5")
     assert set((await refused(service.adapters.DeleteAdapter(delete))).violations) == {"adapter"}
-
-
-def import_requests(data: bytes, **fields: object) -> list[adapter_pb2.ImportAdapterRequest]:
-    values = {"name": "guest", "size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    metadata = adapter_pb2.ImportAdapterRequest.Metadata(**{**values, **fields})
-    return [
-        adapter_pb2.ImportAdapterRequest(metadata=metadata),
-        *(adapter_pb2.ImportAdapterRequest(chunk=data[i : i + 2**20]) for i in range(0, len(data), 2**20)),
-    ]
 
 
 async def export(service: Service, name: str, layout: int = 0) -> bytes:

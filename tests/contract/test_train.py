@@ -15,6 +15,7 @@ from atelier_server.config import Limits
 from tests.contract.harness import (
     Service,
     Start,
+    import_requests,
     kinds,
     new_id,
     picture,
@@ -128,6 +129,15 @@ async def test_a_training_that_failed_without_a_checkpoint_leaves_its_name_free(
     assert refusal.reason == "NONFINITE_LOSS"
     events = await service.train(**STEPS)
     assert events[-1].completed.adapter == "otto@20"
+
+
+async def test_such_a_name_is_free_for_an_import_too(service: Service) -> None:
+    nan = {"instance_prompt": "nan", "checkpointing_steps": 10, "max_train_steps": 20}
+    await refused(service.train(**nan))
+    answer = await service.adapters.ImportAdapter(iter(import_requests(b"fine", name="otto")))
+    assert (answer.adapter.name, answer.adapter.version) == ("otto", 2)
+    refusal = await refused(service.adapters.ImportAdapter(iter(import_requests(b"fine", name="otto"))))
+    assert refusal.reason == "ADAPTER_EXISTS"
 
 
 async def test_every_violation_of_a_recipe_is_listed(service: Service) -> None:

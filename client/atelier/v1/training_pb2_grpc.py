@@ -82,8 +82,8 @@ class TrainingServiceServicer:
         """Starts a training and watches it.
 
         The client sends one `recipe`, then the pictures in order, each in chunks of at most 1 MiB, and
-        half-closes. The server answers with events numbered from 1: `accepted` first, `completed` last,
-        after which the stream ends: with OK if the training succeeded or was cancelled, with the status
+        half-closes. The server answers with events numbered from 1: `accepted` first, `completed` last
+        (a training that was resumed has completed before, and goes on after it); then the stream ends: with OK if the training succeeded or was cancelled, with the status
         that the training failed with otherwise. A client that loses the stream goes on with WatchTraining;
         one that does not know its training yet sends the same request_id again.
 

@@ -14,6 +14,8 @@ import diffusers
 import torch
 from torch import Tensor
 
+from atelier_server.errors import InvalidRequest, Violation
+
 # Name -> diffusers class and what is set on top of the base's scheduler config.
 _REGISTRY: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -78,7 +80,13 @@ class Trajectory:
     ) -> Trajectory:
         scheduler = make_scheduler(name, config)
         # Timesteps stay on the CPU: index look-ups in `step()` would synchronise the device otherwise.
-        scheduler.set_timesteps(num_inference_steps)
+        try:
+            scheduler.set_timesteps(num_inference_steps)
+        except ValueError as error:
+            # pndm cannot do with one or two, lcm and tcd not with more than they were distilled for.
+            raise InvalidRequest.of(
+                [Violation("num_inference_steps", f"{num_inference_steps} do not suit {name}: {error}")]
+            ) from error
         generator = torch.Generator("cpu").manual_seed(seed)
         noise = torch.randn((1, *shape), generator=generator, dtype=dtype).to(device)
         accepted = inspect.signature(scheduler.step).parameters

@@ -257,6 +257,8 @@ class Loop:
 
     # ------------------------------------------------------------------------------------------ trainings
     def _submit_training(self, job: TrainingJob) -> None:
+        if job.id in self.trainings.live:
+            return
         try:
             run = self._runner.open_training(job)
         except Exception as error:

@@ -205,8 +205,9 @@ class Trainings:
         self._forget(self.live[training_id])
 
     def fail(self, training_id: str, failure: JobFailed) -> None:
-        self._forget(self.live[training_id])
-        self._emit(failure)
+        if training := self.live.get(training_id):
+            self._forget(training)
+            self._emit(failure)
 
     def _end(self, training: Training, state: State) -> None:
         seconds = monotonic() - training.began if training.began else 0.0

@@ -103,6 +103,7 @@ class Dispatcher:
             try:
                 await self._worker.start()
             except OSError as error:
+                failures += 1
                 self._status.message = f"the worker cannot be started: {error}"
                 _log.error("%s", self._status.message)
             else:

@@ -5,37 +5,43 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from itertools import count
 from typing import TypeVar
+
+from sqlalchemy.exc import OperationalError
 
 from atelier_server.errors import StorageFull
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-_RETRIES = 60
+TRIES = 60
 _RETRY_SECONDS = 1.0
 
 
 class Lane:
-    """What fails for lack of disk space is tried again for a minute: a full disk stops a log for a while,
-    it does not tear it. Other failures are logged; the lane goes on.
+    """What fails for want of a disk is tried again: a full disk stops a log for a while, it does not tear it.
+    Other failures are logged; the lane goes on.
     """
 
     def __init__(self) -> None:
-        self._queue: asyncio.Queue[Callable[[], Awaitable[None]] | None] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[Callable[[], Awaitable[None]], int | None] | None] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
+        self._stopping = False
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._drive(), name="training-lane")
 
     async def stop(self) -> None:
         """Does what has been asked for, then ends. Idempotent."""
+        self._stopping = True
         if self._task is not None:
             self._queue.put_nowait(None)
             await self._task
             self._task = None
 
-    def put(self, action: Callable[[], Awaitable[None]]) -> None:
-        self._queue.put_nowait(action)
+    def put(self, action: Callable[[], Awaitable[None]], *, tries: int | None = TRIES) -> None:
+        """`tries`, a second apart, as long as the disk refuses; None: till it works or the lane stops."""
+        self._queue.put_nowait((action, tries))
 
     async def call(self, function: Callable[[], Awaitable[T]]) -> T:
         """Runs `function` when everything before it is done; its result, or what it raises."""
@@ -55,17 +61,19 @@ class Lane:
         return await answer
 
     async def _drive(self) -> None:
-        while (action := await self._queue.get()) is not None:
+        while (item := await self._queue.get()) is not None:
             try:
-                await self._persist(action)
+                await self._persist(*item)
             except Exception:
                 _log.exception("an event of a training could not be written")
 
-    async def _persist(self, action: Callable[[], Awaitable[None]]) -> None:
-        for attempt in range(_RETRIES):
+    async def _persist(self, action: Callable[[], Awaitable[None]], tries: int | None) -> None:
+        for attempt in count(1):
             try:
                 return await action()
-            except (StorageFull, OSError) as error:
-                _log.error("the book of trainings cannot be written (try %d): %s", attempt + 1, error)
+            except (StorageFull, OperationalError, OSError) as error:
+                _log.error("the book of trainings cannot be written (try %d): %s", attempt, error)
+                if attempt == tries or self._stopping:
+                    return None
                 await asyncio.sleep(_RETRY_SECONDS)
         return None

@@ -15,7 +15,7 @@ from functools import partial
 from atelier_server.adapters.store import AdapterStore, CheckpointRecord
 from atelier_server.core import State, TrainingImage, TrainingJob
 from atelier_server.errors import AdapterNotFound, AtelierError, CrashLoop
-from atelier_server.jobs.lane import Lane
+from atelier_server.jobs.lane import TRIES, Lane
 from atelier_server.jobs.records import (
     Checkpointed,
     Completed,
@@ -87,7 +87,7 @@ class TrainingRuns:
 
     def writes(self, adapter: str, version: int | None) -> bool:
         """Whether an unfinished training writes that adapter, or that version of it."""
-        return any(r.adapter == adapter and version in (None, r.version) for r in self._runs.values())
+        return any(r.adapter == adapter and version in (None, r.version) for r in tuple(self._runs.values()))
 
     @property
     def count(self) -> int:
@@ -105,13 +105,16 @@ class TrainingRuns:
         if isinstance(event, TrainingStarted):
             run.started, run.step = True, event.from_step
         run.flush()
-        self.lane.put(partial(self._write, run, event))
+        ends = isinstance(event, TrainingCompleted | JobFailed)
+        self.lane.put(partial(self._write, run, event), tries=None if ends else TRIES)
 
     def worker_ready(self) -> None:
         self.lane.put(self._submit_all)
 
     def worker_lost(self, blameless: bool) -> None:
         """`blameless`: a generation on its last try is known to have been at work; nobody is counted."""
+        # At once: what the lane does before `_interrupted` must not hand anything to the next worker.
+        self._ready = False
         for run in self._runs.values():
             run.flush()
         self.lane.put(partial(self._interrupted, blameless))
@@ -127,7 +130,7 @@ class TrainingRuns:
         return Run(record.id, record.adapter, record.version, record.step, self._show)
 
     def _show(self, run: Run, event: TrainingProgress) -> None:
-        self.lane.put(partial(self._write, run, event))
+        self.lane.put(partial(self._write, run, event), tries=1)
 
     async def cancel(self, training: str) -> None:
         """Call in the lane. A training that no worker has is ended here."""

@@ -64,7 +64,7 @@ class Trainings:
             raise ServerDraining("the server is going away")
         if self._runs.count >= self._limit:
             raise QueueFull(f"{self._limit} trainings are waiting or running")
-        if not draft.new_version and await asyncio.to_thread(self._taken, draft.name):
+        if not draft.new_version and await asyncio.to_thread(self.taken, draft.name):
             raise AdapterExists(f"adapter {draft.name!r} exists; set new_version to go on", name=draft.name)
         return None
 
@@ -216,8 +216,8 @@ class Trainings:
 
         await asyncio.shield(self._runs.lane.call(delete))
 
-    def _taken(self, name: str) -> bool:
-        """A training that failed before its first checkpoint leaves its name free."""
+    def taken(self, name: str) -> bool:
+        """Whether the name is; a training that failed before its first checkpoint leaves it free."""
         versions = [version for version in self._store.versions() if version.meta.name == name]
         return any(version.checkpoints for version in versions) or self._runs.writes(name, None)
 

@@ -104,16 +104,19 @@ class Wardrobe:
     # -------------------------------------------------------------------------------------------- files
     async def check_name(self, name: str, *, new_version: bool) -> None:
         """Refuses an import early. Raises AdapterExists."""
-        versions = await asyncio.to_thread(self._store.versions)
-        if not new_version and any(v.meta.name == name for v in versions):
+        if not new_version and await asyncio.to_thread(self._trainings.taken, name):
             raise AdapterExists(f"adapter {name!r} exists; set new_version to add one", name=name)
 
     async def adopt(
         self, path: Path, name: str, *, new_version: bool, trigger: str
     ) -> tuple[AdapterVersion, AdapterImported]:
         """Has the worker check a safetensors file and publish it as a new version."""
+        await self.check_name(name, new_version=new_version)
+        # A version without a checkpoint may be there: its training failed, and the name is free.
+        versions = await asyncio.to_thread(self._store.versions)
+        follows = new_version or any(v.meta.name == name and not v.checkpoints for v in versions)
         answer = await self._calls.call(
-            lambda call: ImportAdapter(call, str(path), name, new_version, trigger), AdapterImported
+            lambda call: ImportAdapter(call, str(path), name, follows, trigger), AdapterImported
         )
         await self._count()
         version = await asyncio.to_thread(

@@ -7,6 +7,7 @@ state is part of every checkpoint: a training that goes on from one ends with th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ class LoraTrainer:
         self._generator = torch.Generator().manual_seed(job.recipe.seed)
         self._dataset = Dataset()
         self._losses: list[float] = []  # since the last checkpoint
+        self._last: Batch | None = None
         self.step = 0
         """Steps done."""
         self.published: CheckpointRecord | None = None
@@ -88,18 +90,11 @@ class LoraTrainer:
         Raises NonfiniteLoss with the step in its metadata, before the weights are touched.
         """
         recipe = self._recipe
-        batch = self._draw()
+        batch = self._last = self._draw()
         rate = self._optimizer.param_groups[0]["lr"]
-        device = self._base.device
         self._optimizer.zero_grad()  # also what a step that ran out of memory left
         with self._bank.train(self._leaves), self._checkpointing():
-            loss = self._denoiser.loss(
-                batch.latents.to(device),
-                batch.noise.to(device),
-                batch.timesteps.to(device),
-                batch.prompt_embeds,
-                recipe.snr_gamma,
-            ).mean()
+            loss = self._loss(batch)
             loss.backward()  # type: ignore[no-untyped-call]
         norm = clip_grad_norm_(self._leaves.parameters(), recipe.max_grad_norm)
         value = loss.item()
@@ -118,11 +113,11 @@ class LoraTrainer:
         Raises NonfiniteLoss if the last step blew the weights up, StorageFull, AdapterNotFound if the
         version has been deleted.
         """
-        if not all(bool(p.isfinite().all()) for p in self._leaves.parameters()):
-            raise self._nonfinite(self.step, self._losses[-1] if self._losses else float("nan"))
         checkpoint = CheckpointId(self._job.name, self._job.version, self.step)
         if self.published is not None and self.published.id == checkpoint:
             return self.published
+        if not math.isfinite(loss_now := self._loss_now()):
+            raise self._nonfinite(self.step, loss_now)
         loss = sum(self._losses) / len(self._losses) if self._losses else None
         self.published = self._store.publish(
             checkpoint, self._write, loss=loss, rank=self._recipe.rank, lora_alpha=self._recipe.lora_alpha
@@ -226,6 +221,30 @@ class LoraTrainer:
         return next((record for record in version.checkpoints if record.id == checkpoint), None)
 
     # ------------------------------------------------------------------------------------------ steps
+    def _loss(self, batch: Batch) -> Tensor:
+        device = self._base.device
+        return self._denoiser.loss(
+            batch.latents.to(device),
+            batch.noise.to(device),
+            batch.timesteps.to(device),
+            batch.prompt_embeds,
+            self._recipe.snr_gamma,
+        ).mean()
+
+    @torch.no_grad()
+    def _loss_now(self) -> float:
+        """The last batch's loss once more, with the weights that the step made of it; draws nothing.
+
+        A step's own loss is that of the weights before it: after one that was too large, these may be finite
+        and yet paint nothing.
+        """
+        if not all(bool(p.isfinite().all()) for p in self._leaves.parameters()):
+            return math.nan
+        if self._last is None:
+            return 0.0  # no step yet: the weights are the first ones, or those of a checkpoint
+        with self._bank.train(self._leaves):
+            return self._loss(self._last).item()
+
     def _draw(self) -> Batch:
         examples = self._dataset.examples
         indices = self._order.take(self._recipe.train_batch_size, len(examples), self._generator)

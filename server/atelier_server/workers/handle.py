@@ -138,7 +138,9 @@ class LocalWorker:
         changes = {"OMP_WAIT_POLICY": "PASSIVE"}
         if self._settings.threads > 0:
             changes["OMP_NUM_THREADS"] = str(self._settings.threads)
-        return {**os.environ, **changes}
+        # Bars and hints of the libraries do not belong into a server's log; who wants them says so.
+        quiet = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+        return {**quiet, **os.environ, **changes}
 
 
 def _has_descriptor(stream: object) -> bool:

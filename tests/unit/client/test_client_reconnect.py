@@ -138,6 +138,17 @@ def test_a_completed_training_does_not_mind_losing_the_connection() -> None:
     assert stream.ended
 
 
+@pytest.mark.parametrize("state", ["TRAINING_STATE_FAILED", "TRAINING_STATE_CANCELLED"])
+def test_a_resumed_training_has_not_ended_where_it_had_before(state: str) -> None:
+    stream = TrainingStream(training="t-1", reconnect_timeout=10)
+    stream.receive(_completed(state))
+    restarted = training_pb2.TrainingEvent.Restarted(from_step=3)
+    event = training_pb2.TrainingEvent(seq=5, training="t-1", restarted=restarted)
+    stream.receive(training_pb2.WatchTrainingResponse(event=event))
+    assert stream.lost(UnavailableError("socket closed")) > 0
+    assert not stream.ended
+
+
 def test_events_told_before_are_not_told_again() -> None:
     stream = TrainingStream(training="otto", after_seq=4, reconnect_timeout=10)
     assert stream.receive(_completed("TRAINING_STATE_SUCCEEDED")) is None

@@ -14,6 +14,7 @@ from atelier_server.core import ROW_BUCKETS, SCHEDULERS
 from atelier_server.diffusion.base import BaseModel, load_base
 from atelier_server.diffusion.denoiser import Denoiser, Picture
 from atelier_server.diffusion.schedulers import _REGISTRY, Trajectory, default_scheduler
+from atelier_server.errors import InvalidRequest
 
 PROMPT = "a red octopus on a beach"
 
@@ -114,6 +115,14 @@ def test_a_batch_larger_than_its_bucket_is_refused(base: BaseModel) -> None:
     pictures = [picture(base, scheduler="ddim") for _ in range(2)]
     with pytest.raises(ValueError, match="4 rows do not fit a bucket of 2"):
         Denoiser(base.unet, base.scheduler_config).step(pictures, 2)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("pndm", 1), ("lcm", 200), ("tcd", 51)])
+def test_steps_that_a_scheduler_cannot_do_are_the_users_to_change(
+    base: BaseModel, name: str, steps: int
+) -> None:
+    with pytest.raises(InvalidRequest, match=f"num_inference_steps: {steps} do not suit {name}"):
+        picture(base, scheduler=name, steps=steps)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])

@@ -204,6 +204,16 @@ def test_a_nonfinite_loss_fails_the_training_and_keeps_its_checkpoints() -> None
     ]
 
 
+def test_a_training_that_is_submitted_twice_runs_once() -> None:
+    job = training("otto-1", max_train_steps=500)
+    desk = Desk().send(Submit(job), Submit(job))
+    while ("train", 2) not in desk.runner.log:
+        desk.loop.turn()
+    desk.send(Cancel("otto-1")).until(1)
+    assert len(desk.of(TrainingCompleted)) == 1
+    assert not desk.loop.scheduler.has_work
+
+
 def test_drain_finishes_pictures_and_keeps_trainings() -> None:
     desk = Desk().send(Submit(training("otto-1", max_train_steps=500)))
     while ("train", 3) not in desk.runner.log:

@@ -149,6 +149,20 @@ def test_absurd_learning_rates_end_in_nonfinite_loss(studio: Studio) -> None:
     assert int(caught.value.metadata["step"]) <= 4
 
 
+def test_weights_that_are_finite_but_paint_nothing_are_not_published(studio: Studio) -> None:
+    trainer = studio.trainer(learning_rate=1e20, lr_scheduler="constant_with_warmup", lr_warmup_steps=10)
+    trainer.train_step()  # at a rate of 0
+    trainer.publish()
+    trainer.train_step()  # its own loss is that of the weights before it
+    assert all(bool(m.A.isfinite().all()) for m in trainer.adapter().modules.values())
+    with pytest.raises(NonfiniteLoss) as caught:
+        trainer.publish()
+    assert caught.value.metadata == {"step": "2"}
+    last = studio.store.last_checkpoint("otto", 1)
+    assert last is not None
+    assert last.id.step == 1
+
+
 def test_seeds_differ_and_repeat(studio: Studio) -> None:
     one, again, other = (steps(studio.trainer(seed=seed), 2) for seed in (1, 1, 2))
     assert one == again

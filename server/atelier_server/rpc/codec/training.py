@@ -59,6 +59,8 @@ _OPTIONAL = (
     "snr_gamma",
     "caption_dropout",
 )
+_MAX_LEARNING_RATE = 1e30
+_MAX_SNR_GAMMA = 1e6
 _STATES = {state: pb.TrainingState.Value(f"TRAINING_STATE_{state.name}") for state in State}
 
 
@@ -68,7 +70,7 @@ def decode_start(start: pb.TrainRequest.Start, limits: Limits, base: BaseInfo) -
     message = start.recipe
     given = {name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)}  # type: ignore[arg-type]
     given.setdefault("resolution", min(base.native_width, base.native_height))
-    given.setdefault("lora_alpha", float(given.get("rank", Recipe("", 0).rank)))
+    given.setdefault("lora_alpha", float(max(given.get("rank", Recipe("", 0).rank), 1)))
     recipe = Recipe(
         instance_prompt=message.instance_prompt, validation_prompts=tuple(message.validation_prompts), **given
     )
@@ -110,8 +112,8 @@ def _check_recipe(checks: Checks, recipe: Recipe, limits: Limits) -> None:
 
 
 def _check_optimizer(checks: Checks, recipe: Recipe) -> None:
-    # No upper limit: a rate that turns the loss to NaN stops the training at that step.
-    checks.number("recipe.learning_rate", recipe.learning_rate, 0.0, open_low=True)
+    # The limit is what float32 holds: a rate that turns the loss to NaN stops the training at that step.
+    checks.number("recipe.learning_rate", recipe.learning_rate, 0.0, _MAX_LEARNING_RATE, open_low=True)
     checks.choice("recipe.lr_scheduler", recipe.lr_scheduler, LR_SCHEDULERS)
     checks.integer("recipe.lr_warmup_steps", recipe.lr_warmup_steps, 0, max(recipe.max_train_steps, 0))
     for field in ("adam_beta1", "adam_beta2"):
@@ -122,7 +124,7 @@ def _check_optimizer(checks: Checks, recipe: Recipe) -> None:
     checks.number("recipe.adam_epsilon", recipe.adam_epsilon, 0.0, open_low=True)
     checks.number("recipe.max_grad_norm", recipe.max_grad_norm, 0.0, open_low=True)
     if recipe.snr_gamma is not None:
-        checks.number("recipe.snr_gamma", recipe.snr_gamma, 0.0, open_low=True)
+        checks.number("recipe.snr_gamma", recipe.snr_gamma, 0.0, _MAX_SNR_GAMMA, open_low=True)
 
 
 # ---------------------------------------------------------------------------------------------- answers
