@@ -70,7 +70,8 @@ def print_json(value: dict[str, Any]) -> None:
 def print_error(error: AtelierError) -> None:
     """The error and every violation on a line of its own."""
     listed = "; ".join(f"{v.field}: {v.description}" for v in error.violations)
-    told = listed and error.message == listed
+    # A long message comes cut; the violations are whole.
+    told = listed.startswith(error.message[:100]) if listed else False
     heading = str(error).removesuffix(error.message) if told else f"{error} "
     say(f"error: {heading.rstrip(': ') if told else heading.rstrip()}")
     for violation in error.violations:

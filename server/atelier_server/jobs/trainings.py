@@ -7,7 +7,8 @@ import secrets
 import shutil
 import string
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import TypeVar
 
 from atelier_server.adapters.store import AdapterStore
 from atelier_server.core import BaseInfo, Recipe, State
@@ -26,6 +27,7 @@ from atelier_server.jobs.training_log import TrainingLog
 from atelier_server.jobs.training_runs import TrainingRuns
 from atelier_server.jobs.uploads import PictureUpload
 
+T = TypeVar("T")
 _ID_LETTERS = string.ascii_lowercase + string.digits
 
 
@@ -76,7 +78,7 @@ class Trainings:
     async def accept(self, draft: TrainingDraft, upload: PictureUpload, base: BaseInfo) -> TrainingRecord:
         """Writes the training down; from here on it survives anything. Its pictures are moved to it."""
         # Shielded: a client that leaves now has a whole training or none, and nothing half made.
-        return await asyncio.shield(self._runs.lane.call(lambda: self._accept(draft, upload, base)))
+        return await self.in_turn(lambda: self._accept(draft, upload, base))
 
     async def _accept(self, draft: TrainingDraft, upload: PictureUpload, base: BaseInfo) -> TrainingRecord:
         # The same request may have come twice at once: the first to get here wins.
@@ -153,6 +155,10 @@ class Trainings:
         """Whether an unfinished training writes that adapter, or that version of it."""
         return self._runs.writes(adapter, version)
 
+    async def in_turn(self, function: Callable[[], Awaitable[T]]) -> T:
+        """Runs `function` while nothing else happens to any training, to its end."""
+        return await asyncio.shield(self._runs.lane.call(function))
+
     # ------------------------------------------------------------------------------------------- change
     async def cancel(self, name: str) -> TrainingRecord:
         """Asks it to stop at its next step. Raises TrainingNotFound, TrainingEnded."""
@@ -166,7 +172,7 @@ class Trainings:
             await self._runs.cancel(record.id)
             return await self.find(record.id)
 
-        return await asyncio.shield(self._runs.lane.call(cancel))
+        return await self.in_turn(cancel)
 
     async def resume(self, name: str) -> TrainingRecord:
         """Queues a cancelled or failed training again. Raises TrainingNotFound, FailedPrecondition."""
@@ -201,7 +207,7 @@ class Trainings:
 
         if self.draining:
             raise ServerDraining("the server is going away")
-        return await asyncio.shield(self._runs.lane.call(resume))
+        return await self.in_turn(resume)
 
     async def delete(self, name: str) -> None:
         """Removes its record, events, pictures and samples. Raises TrainingNotFound, TrainingNotEnded."""
@@ -214,7 +220,7 @@ class Trainings:
             await asyncio.to_thread(shutil.rmtree, self._log.folder(record.id), ignore_errors=True)
             self._log.ring(record.id)
 
-        await asyncio.shield(self._runs.lane.call(delete))
+        await self.in_turn(delete)
 
     def taken(self, name: str) -> bool:
         """Whether the name is; a training that failed before its first checkpoint leaves it free."""

@@ -89,12 +89,18 @@ class Wardrobe:
 
     async def delete(self, name: str, version: int | None) -> None:
         """Deletes an adapter or one version of it. Raises AdapterNotFound, AdapterInUse."""
-        if self._trainings.writes(name, version):
-            raise AdapterInUse(f"a training is writing {name!r}")
-        if self._generations.uses(name, version):
-            raise AdapterInUse(f"a generation that has not finished uses {name!r}")
-        checkpoints = await asyncio.to_thread(self._checkpoints, name, version)
-        await asyncio.to_thread(self._store.delete, name, version)
+
+        async def delete() -> tuple[CheckpointId, ...]:
+            if self._trainings.writes(name, version):
+                raise AdapterInUse(f"a training is writing {name!r}")
+            if self._generations.uses(name, version):
+                raise AdapterInUse(f"a generation that has not finished uses {name!r}")
+            checkpoints = await asyncio.to_thread(self._checkpoints, name, version)
+            await asyncio.to_thread(self._store.delete, name, version)
+            return checkpoints
+
+        # In turn with trainings: none may begin to write what is being deleted.
+        checkpoints = await self._trainings.in_turn(delete)
         await self._count()
         if checkpoints and self._calls.ready:
             # A later adapter may get the same name, version and step: no slot may still hold the old one.
