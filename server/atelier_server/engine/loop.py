@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -52,7 +53,10 @@ Message = Command | TaskDecoded
 
 
 class Loop:
-    """Runs until it is drained. `emit` must never block."""
+    """Runs until it is drained. `emit` must never block, and may be called from any thread.
+
+    `aside` does what needs files and no device: importing and exporting.
+    """
 
     def __init__(
         self,
@@ -62,8 +66,10 @@ class Loop:
         emit: Callable[[Event], None],
         slots: int,
         sample_defaults: SampleDefaults,
+        aside: Executor | None = None,
     ) -> None:
         self._runner = runner
+        self._aside = aside or ThreadPoolExecutor(max_workers=1, thread_name_prefix="aside")
         self._inbox = inbox
         self._send = emit
         self.residency = Residency(slots)
@@ -116,8 +122,10 @@ class Loop:
                 self._decoded(task, picture)
             case Drain():
                 self._drain()
-            case LoadAdapter() | UnloadAdapter() | ImportAdapter() | ExportAdapter():
+            case LoadAdapter() | UnloadAdapter():
                 self._call(message)
+            case ImportAdapter() | ExportAdapter():
+                self._aside.submit(self._call, message)
 
     # ---------------------------------------------------------------------------------------- generations
     def _submit_generation(self, job: GenerationJob) -> None:

@@ -67,7 +67,7 @@ class TrainingRun(Protocol):
 
 
 class Runner(Protocol):
-    """Device work. Every method is called from the loop's thread."""
+    """Device work, called from the loop's thread; importing and exporting from another."""
 
     def open(self, task: ImageTask) -> None:
         """Encodes the prompts and draws the noise of a picture."""

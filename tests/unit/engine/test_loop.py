@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from itertools import pairwise
 from queue import SimpleQueue
+from typing import Any
 
 import pytest
 
@@ -12,6 +16,7 @@ from atelier_server.engine.loop import Loop, Message
 from atelier_server.engine.trainings import SampleDefaults
 from atelier_server.errors import NonfiniteLoss
 from atelier_server.messages import (
+    AdapterImported,
     AdapterLoaded,
     AdaptersUnloaded,
     CallFailed,
@@ -38,6 +43,14 @@ from atelier_server.messages import (
 from tests.fakes import FakeRunner, generation, training, use
 
 
+class AtOnce(Executor):
+    """Does things when they are asked for."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        fn(*args, **kwargs)
+        return Future()
+
+
 class Desk:
     """A loop with its inbox filled beforehand; `run` works until everything is done."""
 
@@ -51,6 +64,7 @@ class Desk:
             emit=self.events.append,
             slots=slots,
             sample_defaults=SampleDefaults(64, 64, "ddim"),
+            aside=AtOnce(),
         )
 
     def send(self, *messages: Message) -> Desk:
@@ -254,4 +268,35 @@ def test_a_call_that_fails_is_answered() -> None:
     desk.send(LoadAdapter("1", use("otto")), ImportAdapter("2", "f", "n", False, ""))
     desk.loop.turn()
     assert desk.of(CallFailed)[0].reason == "ADAPTER_NOT_FOUND"  # type: ignore[union-attr]
+    assert desk.of(AdapterImported) == [AdapterImported("2", CheckpointId("n", 1, 0), "peft", 1)]
     assert desk.loop.residency.resident == ()
+
+
+def test_a_large_import_keeps_nobody_waiting() -> None:
+    """The import is not done before the picture is: in turn, they would wait for each other."""
+    painted = threading.Event()
+
+    class Slow(FakeRunner):
+        def import_adapter(
+            self, path: str, name: str, new_version: bool, trigger: str
+        ) -> tuple[CheckpointId, str, int]:
+            assert painted.wait(30)
+            return super().import_adapter(path, name, new_version, trigger)
+
+    events: list[Event] = []
+    inbox: SimpleQueue[Message] = SimpleQueue()
+    with ThreadPoolExecutor(1) as aside:
+        loop = Loop(
+            runner=Slow(),
+            inbox=inbox,
+            emit=events.append,
+            slots=4,
+            sample_defaults=SampleDefaults(64, 64, "ddim"),
+            aside=aside,
+        )
+        inbox.put(ImportAdapter("1", "f", "n", False, ""))
+        inbox.put(Submit(generation("a")))
+        while not any(isinstance(event, GenerationCompleted) for event in events):
+            loop.turn()
+        painted.set()
+    assert isinstance(events[-1], AdapterImported)
