@@ -1,0 +1,197 @@
+"""The workshop's stages, one after the other: text, vae, unet, evaluate; each in its part of the work folder.
+
+A stage whose result stays below its gate says so in its figures ("gate": false); its command then ends with
+an error unless it was told to go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from diffusers import AutoencoderKL
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from pocket import classifier as judge
+from pocket import text, vae
+from pocket.classifier import Classifier, ClassifierTask
+from pocket.data import PARTS, PictureSet, SetRecipe, picture_set
+from pocket.evaluate import evaluate
+from pocket.labels import classes_of
+from pocket.model import save_model, size_mb
+from pocket.painting import STEPS
+from pocket.peers import rank, wait
+from pocket.text import TextTask, Towers, build_clip, load_text, save_towers, text_scores, train_tokenizer
+from pocket.training import Budget, Report, Trainer
+from pocket.unet import UnetTask, build_unet, lesson, load_unet
+from pocket.vae import (
+    VaeTask,
+    as_tensor,
+    build_vae,
+    decibels,
+    load_vae,
+    reconstructed,
+    set_scaling_factor,
+    widened,
+)
+
+Figures = dict[str, object]
+_PEER: Figures = {"gate": True}  # of a process that only helps to train
+_HELD_OUT = 900_000  # added to a seed: worlds that no training sees
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where to work, what to start from and how much to spend. `base` is a model's folder or None."""
+
+    work: Path
+    base: Path | None = None
+    minutes: float = 20.0
+    max_steps: int = 10**9
+    part: str = "small"
+    pictures: int = 16384
+    held_out: int = 1024
+    workers: int = 1
+    painted: int = 256
+    sampling_steps: int = STEPS
+    seed: int = 21
+
+    def training_set(self) -> PictureSet:
+        return self.drawn(SetRecipe(self.part, self.seed, self.pictures))
+
+    def unseen_set(self) -> PictureSet:
+        return self.drawn(SetRecipe(self.part, self.seed + _HELD_OUT, self.held_out))
+
+    def drawn(self, recipe: SetRecipe) -> PictureSet:
+        """A set in the work folder; process 0 draws it if it is missing."""
+        if rank() == 0:
+            picture_set(recipe, self.work / "sets", self.workers)
+        wait()
+        return picture_set(recipe, self.work / "sets")
+
+    def budget(self, learning_rate: float) -> Budget:
+        return Budget(minutes=self.minutes, max_steps=self.max_steps, learning_rate=learning_rate)
+
+
+def make_text(plan: Plan, report: Report) -> Figures:
+    """Tokenizer, text encoder and scorer in WORK/text. Warm: the base's tokenizer and text encoder."""
+    pictures, unseen, home = plan.training_set(), plan.unseen_set(), plan.work / "text"
+    if plan.base is None:
+        tokenizer = train_tokenizer(pictures.captions)
+        clip = build_clip(tokenizer)
+    else:
+        tokenizer, text_encoder = load_text(plan.base)
+        clip = build_clip(tokenizer, like=text_encoder)
+    towers = Towers(clip, classes_of(PARTS[plan.part]))
+    Trainer(TextTask(towers, pictures, tokenizer), home, plan.budget(1e-3), report).run()
+    if rank():
+        return _PEER
+    tokenizer.save_pretrained(home / "tokenizer")
+    save_towers(towers, home)
+    scores = text_scores(towers, unseen, tokenizer)
+    return {"scores": scores, "gate": min(scores.values()) >= text.GATE}
+
+
+def make_vae(plan: Plan, report: Report) -> Figures:
+    """The VAE in WORK/vae, taught by the whole world whatever part the U-Net is taught. Warm: the base's,
+    widened if it is narrower."""
+    recipe = SetRecipe("whole", plan.seed - 1, max(64, plan.pictures // 4), 128)
+    pixels = plan.drawn(recipe).pixels
+    taught = build_vae() if plan.base is None else _warm_vae(plan.base)
+    Trainer(VaeTask(taught, pixels), plan.work / "vae", plan.budget(1.2e-3), report).run()
+    if rank():
+        return _PEER
+    set_scaling_factor(taught, pixels[:512, ::2, ::2])
+    taught.save_pretrained(plan.work / "vae" / "vae")
+    unseen = as_tensor(plan.unseen_set().pixels)
+    value = decibels(unseen, reconstructed(taught, unseen))
+    return {"db": value, "gate": value >= vae.GATE_DB}
+
+
+def make_unet(plan: Plan, report: Report) -> Figures:
+    """The U-Net in WORK/unet and the whole model in WORK/model.
+
+    Cold, a third of the budget is phase 1; warm, the text encoder learns along from the start.
+    """
+    tokenizer, text_encoder = _made_text(plan)
+    made = _made_vae(plan)
+    unet = build_unet(text_encoder.config.hidden_size) if plan.base is None else load_unet(plan.base)
+    taught = lesson(plan.training_set(), made, tokenizer)
+    if plan.base is None:
+        frozen = UnetTask(unet, text_encoder, taught, text_rate=0.0)
+        first = Budget(minutes=plan.minutes / 3, max_steps=max(1, plan.max_steps // 3))
+        Trainer(frozen, plan.work / "unet" / "phase1", first, report).run()
+    share = 1.0 if plan.base else 2 / 3
+    second = Budget(
+        minutes=plan.minutes * share, max_steps=max(1, int(plan.max_steps * share)), learning_rate=7e-4
+    )
+    trainer = Trainer(UnetTask(unet, text_encoder, taught), plan.work / "unet" / "phase2", second, report)
+    trainer.run()
+    if rank():
+        return _PEER
+    save_model(plan.work / "model", vae=made, unet=unet, text_encoder=text_encoder, tokenizer=tokenizer)
+    return {"progress": asdict(trainer.progress), "size_mb": size_mb(plan.work / "model"), "gate": True}
+
+
+def make_evaluation(plan: Plan, report: Report) -> Figures:
+    """Trains the classifier in WORK/classifier if it is not there, then judges WORK/model, or the base where
+    nothing was trained, into WORK/evaluation."""
+    pictures, unseen = plan.training_set(), plan.unseen_set()
+    judging = _classifier(plan, pictures, report)
+    if rank():
+        return _PEER
+    model = plan.work / "model" if (plan.work / "model").exists() or plan.base is None else plan.base
+    scorer_at = plan.work / "text" / "scorer"
+    scorer = CLIPModel.from_pretrained(scorer_at) if scorer_at.exists() else None
+    result = evaluate(
+        model,
+        judging,
+        unseen,
+        pictures,
+        plan.work / "evaluation",
+        scorer=scorer,
+        count=plan.painted,
+        steps=plan.sampling_steps,
+    )
+    trusted = min(result.classifier_on_true.values()) >= judge.GATE
+    return {**asdict(result), "gate": trusted and passes(result.generated)}
+
+
+def passes(generated: dict[str, float]) -> bool:
+    """Whether generated pictures reach what the project asks of a model made on CPUs."""
+    return generated["subject"] >= 0.6
+
+
+STAGES: dict[str, Callable[[Plan, Report], Figures]] = {
+    "text": make_text,
+    "vae": make_vae,
+    "unet": make_unet,
+    "evaluate": make_evaluation,
+}
+
+
+def _made_text(plan: Plan) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    """What make_text left; a warm plan may do without it and takes the base's."""
+    made = plan.work / "text"
+    if plan.base is not None and not (made / "text_encoder").exists():
+        return load_text(plan.base)
+    return load_text(made)
+
+
+def _made_vae(plan: Plan) -> AutoencoderKL:
+    """What make_vae left, or the base's."""
+    made = plan.work / "vae"
+    return load_vae(plan.base if plan.base is not None and not (made / "vae").exists() else made)
+
+
+def _warm_vae(base: Path) -> AutoencoderKL:
+    warm = load_vae(base)
+    narrower = tuple(warm.config.block_out_channels) != vae.CHANNELS
+    return widened(warm) if narrower else warm
+
+
+def _classifier(plan: Plan, pictures: PictureSet, report: Report) -> Classifier:
+    judging = Classifier(classes_of(PARTS[plan.part]))
+    Trainer(ClassifierTask(judging, pictures), plan.work / "classifier", plan.budget(2e-3), report).run()
+    return judging

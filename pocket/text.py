@@ -1,0 +1,188 @@
+"""The second part: a tokenizer, a CLIP text encoder and, against it, an image tower that stays as
+the scorer.
+
+Contrastive training alone left the prototype blind to subjects, so both towers also answer questions about
+what they see or read (`labels`). The gate is 90 % on pictures they have not seen.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from pocket.data import PictureSet
+from pocket.labels import Classes, build_heads, question_loss, shares_right, shown_labels, told_labels
+from pocket.training import Losses, autocast, device
+from pocket.vae import as_tensor
+
+GATE = 0.9
+_VOCABULARY = 2048
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+# CLIP's words: contractions, letters, single digits, everything else.
+_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+def train_tokenizer(texts: Iterable[str], length: int = 32) -> CLIPTokenizer:
+    """A byte-pair vocabulary in CLIP's layout: bytes, bytes that end a word, merges, start, end."""
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=_END))
+    learner.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=_VOCABULARY,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        special_tokens=[],
+        show_progress=False,
+    )
+    learner.train_from_iterator(texts, trainer)
+    learnt = json.loads(learner.to_str())["model"]
+    order = dict.fromkeys([*alphabet, *(letter + "</w>" for letter in alphabet)])
+    order |= dict.fromkeys(sorted(learnt["vocab"], key=learnt["vocab"].__getitem__))
+    vocabulary = {token: number for number, token in enumerate([*order, _START, _END])}
+    merges = [(left, right) for left, right in learnt["merges"]]
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
+
+
+def token_ids(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
+    """Padded token ids: [n, tokens]."""
+    length = tokenizer.model_max_length
+    encoded = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length)
+    return torch.tensor(encoded["input_ids"])
+
+
+def load_text(folder: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    """The tokenizer and the text encoder of a pipeline's folder, in float32."""
+    text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    return CLIPTokenizer.from_pretrained(folder / "tokenizer"), text_encoder
+
+
+def build_clip(
+    tokenizer: CLIPTokenizer, *, like: CLIPTextModel | None = None, width: int = 128, layers: int = 3
+) -> CLIPModel:
+    """CLIP for 64 x 64 pixels, small: `layers` of text, one more of 8 x 8 patches.
+
+    With `like`, the text half has that encoder's shape and begins at its weights.
+    """
+    if like is not None:
+        width, layers = like.config.hidden_size, like.config.num_hidden_layers
+    shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 32}
+    text = {
+        "vocab_size": len(tokenizer),
+        "num_hidden_layers": layers,
+        "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {"num_hidden_layers": layers + 1, "image_size": 64, "patch_size": 8}
+    clip = CLIPModel(CLIPConfig(text_config=shape | text, vision_config=shape | vision, projection_dim=96))
+    if like is not None:
+        clip.text_model.load_state_dict(like.state_dict())
+    return clip
+
+
+class Towers(nn.Module):
+    """CLIP's two towers with questions asked of both: heads on the image's and the text's embedding."""
+
+    def __init__(self, clip: CLIPModel, classes: Classes) -> None:
+        super().__init__()
+        self.clip, self.classes = clip, classes
+        self.seen = build_heads(clip.config.projection_dim, classes)
+        self.read = build_heads(clip.config.projection_dim, classes)
+
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """Pictures [b, 3, 64, 64] in -1..1 -> embeddings [b, d], not normalised."""
+        embedded = self.clip.vision_model(pixel_values=pixels).pooler_output
+        projected: Tensor = self.clip.visual_projection(embedded)
+        return projected
+
+    def embed_texts(self, ids: Tensor) -> Tensor:
+        """Token ids [b, tokens] -> embeddings [b, d], not normalised."""
+        projected: Tensor = self.clip.text_projection(self.clip.text_model(input_ids=ids).pooler_output)
+        return projected
+
+
+class TextTask:
+    """Pictures and captions that belong together find each other in a batch; both answer questions."""
+
+    def __init__(
+        self, towers: Towers, pictures: PictureSet, tokenizer: CLIPTokenizer, batch_size: int = 128
+    ) -> None:
+        self.network: nn.Module = towers.to(device())
+        self._towers, self._pixels, self._batch_size = towers, pictures.pixels, batch_size
+        self._ids = token_ids(tokenizer, pictures.captions)
+        self._shown = shown_labels(pictures, towers.classes)
+        self._told = told_labels(pictures, towers.classes)
+
+    def rates(self) -> list[tuple[float, list[nn.Parameter]]]:
+        return [(1.0, list(self.network.parameters()))]
+
+    def losses(self, generator: torch.Generator) -> Losses:
+        chosen = torch.randint(len(self._ids), (self._batch_size,), generator=generator)
+        pixels = as_tensor(self._pixels[chosen.numpy()]).to(device())
+        if torch.rand((), generator=generator) < 0.5:
+            pixels = pixels.flip(3)
+        ids = self._ids[chosen].to(device())
+        with autocast():
+            images, texts = self._towers.embed_images(pixels), self._towers.embed_texts(ids)
+        images, texts = images.float(), texts.float()
+        contrast = self._contrast(images, texts, ids)
+        seen = question_loss(self._towers.seen, images, _of(self._shown, chosen))
+        read = question_loss(self._towers.read, texts, _of(self._told, chosen))
+        return {"loss": contrast + 0.5 * seen + 0.25 * read, "contrast": contrast, "seen": seen, "read": read}
+
+    def _contrast(self, images: Tensor, texts: Tensor, ids: Tensor) -> Tensor:
+        scale = self._towers.clip.logit_scale.exp().clamp(max=50)
+        logits = scale * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
+        # The same caption twice in a batch is right for both pictures.
+        same = (ids[:, None] == ids[None]).all(-1).float()
+        target = same / same.sum(1, keepdim=True)
+        return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+
+
+@torch.no_grad()
+def text_scores(towers: Towers, pictures: PictureSet, tokenizer: CLIPTokenizer) -> dict[str, float]:
+    """Share of right answers on these pictures and captions: "seen color", "read color", ..."""
+    towers.eval()
+    pixels = torch.split(as_tensor(pictures.pixels), 256)
+    ids = torch.split(token_ids(tokenizer, pictures.captions), 256)
+    images = torch.cat([towers.embed_images(part.to(device())) for part in pixels])
+    texts = torch.cat([towers.embed_texts(part.to(device())) for part in ids])
+    seen = shares_right(towers.seen, images, shown_labels(pictures, towers.classes))
+    read = shares_right(towers.read, texts, told_labels(pictures, towers.classes))
+    return {f"seen {question}": share for question, (share, _) in seen.items()} | {
+        f"read {question}": share for question, (share, _) in read.items()
+    }
+
+
+def save_towers(towers: Towers, folder: Path) -> None:
+    """Writes `folder`/scorer (CLIPModel) and `folder`/text_encoder (its text half)."""
+    towers.clip.save_pretrained(folder / "scorer")
+    CLIPTextModel.from_pretrained(folder / "scorer").save_pretrained(folder / "text_encoder")
+
+
+@torch.no_grad()
+def clip_score(clip: CLIPModel, pixels: Tensor, ids: Tensor) -> float:
+    """Mean cosine (-1..1) of pictures [n, 3, 64, 64] in -1..1 and the captions [n, tokens] beside them."""
+    texts = clip.text_projection(clip.text_model(input_ids=ids).pooler_output)
+    images = clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
+    return float(F.cosine_similarity(images, texts, dim=-1).mean())
+
+
+def _of(labels: dict[str, Tensor], chosen: Tensor) -> dict[str, Tensor]:
+    return {question: found[chosen] for question, found in labels.items()}
