@@ -22,7 +22,7 @@ _PROMPT = "a red octopus on a beach"
 
 
 def run(*, quick: bool) -> list[Row]:
-    steps, pairs = (2, 1) if quick else (30, 9)
+    steps, pairs = (2, 1) if quick else (30, 21)
     with tempfile.TemporaryDirectory() as folder, _server(Path(folder) / "server") as address:
         desk = Desk("pocket", Path(folder) / "desk")
         seeds, mine = count(), count()
