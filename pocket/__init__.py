@@ -1,4 +1,4 @@
-"""How the embedded model is made: its world of captioned pictures and its example subjects.
+"""How the embedded model is made: its world of captioned pictures, its trainings, its example subjects.
 
-Needs numpy and Pillow; nothing here knows the service.
+The world needs numpy and Pillow, the trainings the `server` extra; nothing here knows the service.
 """

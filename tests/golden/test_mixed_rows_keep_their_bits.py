@@ -17,7 +17,7 @@ from benchmarks.desk import Desk, job
 from tests.adapters import random_adapter, write
 
 SCHEDULERS = ("ddim", "euler", "euler-a", "dpmpp-2m", "unipc", "heun")
-SAMPLE, SOAK = 12, 400
+SAMPLE, SOAK = 12, 150
 
 
 @pytest.fixture(scope="module")
