@@ -26,7 +26,6 @@ class Desk:
                 slots=slots,
                 threads=1,
                 max_lora_rank=max_rank,
-                max_adapters_per_image=4,
             )
         )
         self._events: list[Event] = []

@@ -230,7 +230,6 @@ def worker_settings(settings: Settings, data_dir: Path) -> WorkerSettings:
         slots=settings.slots,
         threads=settings.threads,
         max_lora_rank=settings.limits.max_lora_rank,
-        max_adapters_per_image=settings.limits.max_adapters_per_image,
     )
 
 

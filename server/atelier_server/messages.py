@@ -22,7 +22,6 @@ class WorkerSettings:
     slots: int
     threads: int
     max_lora_rank: int
-    max_adapters_per_image: int
 
 
 @dataclass(frozen=True, slots=True)
