@@ -2,9 +2,9 @@
 SHELL := /bin/bash
 PYTHON ?= python3.11
 BIN := .venv/bin
-export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PATH := $(CURDIR)/$(BIN):$(CURDIR)/tools/bin:$(PATH)
 
-.PHONY: pocket demo test soak check protos bench clean node-client
+.PHONY: pocket demo test soak check tools protos bench clean node-client
 
 .venv: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt
@@ -16,7 +16,7 @@ demo: .venv
 	$(BIN)/atelier demo --output demo
 
 # The client of another language is tested wherever Node is installed.
-test: .venv $(if $(shell command -v node && command -v npm),node-client)
+test: .venv tools $(if $(shell command -v node && command -v npm),node-client)
 	$(BIN)/python -m pytest -m "not soak and not gpu"
 
 node-client: tests/node/node_modules/.package-lock.json
@@ -27,12 +27,16 @@ tests/node/node_modules/.package-lock.json: tests/node/package.json tests/node/p
 soak: .venv
 	$(BIN)/python -m pytest -m "soak"
 
-check: .venv
+check: .venv tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/buf lint
 	$(BIN)/python -m pytest -q tests/unit/test_protos_fresh.py
+
+# promtool and prometheus into tools/bin, without root.
+tools:
+	.ci/tools
 
 protos: .venv
 	rm -f client/atelier/v1/*_pb2*
@@ -50,4 +54,4 @@ pocket: .venv
 	    $(if $(MINUTES),--minutes $(MINUTES)) $(if $(BELOW_GATE),--below-gate); done
 
 clean:
-	rm -rf .venv demo build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/node/node_modules
+	rm -rf .venv tools demo build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/node/node_modules
