@@ -36,7 +36,7 @@ BASE = core.BaseInfo(
     device_description="nothing",
     dtype="float32",
     memory_total_bytes=1000,
-    versions=(("torch", "none"),),
+    versions=(("atelier", "none"), ("torch", "none")),
 )
 
 

@@ -23,11 +23,12 @@ WIRE = {"google", "grpc", "grpc_health", "grpc_reflection", "grpc_status", "atel
 CLIENT_MAY = {"atelier", "google", "grpc", "grpc_status", "IPython", "PIL", "rich", "typer", "click"}
 
 # A room of atelier_server -> the rooms it may see beside itself. "adapters.store" is the torch-free half.
-NOUNS = {"core", "errors"}
+NOUNS = {"core", "errors", "receipt"}
 MESSAGES = {"messages"}
 STORE = {"adapters.store", "adapters.reference"}
 ROOMS: dict[str, set[str]] = {
     "core": set(),
+    "receipt": {"core"},
     "messages": {"core"},
     "errors": {"core"},
     "config": {"core"},

@@ -21,7 +21,7 @@ from atelier_server.rpc.codec.adapter import (
     encode_adapter,
 )
 from atelier_server.rpc.codec.checks import Checks
-from atelier_server.rpc.codec.generation import CHUNK_BYTES
+from atelier_server.rpc.codec.generated import CHUNK_BYTES
 from atelier_server.rpc.interceptors import Context
 from atelier_server.rpc.receive import heard_out, receive_file
 

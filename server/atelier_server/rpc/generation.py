@@ -11,7 +11,8 @@ from atelier_server.config import Limits
 from atelier_server.jobs.dispatch import WorkerStatus
 from atelier_server.jobs.generations import Generations
 from atelier_server.jobs.wardrobe import Wardrobe
-from atelier_server.rpc.codec.generation import decode_generate, encode_event
+from atelier_server.rpc.codec.generated import encode_event
+from atelier_server.rpc.codec.generation import decode_generate
 from atelier_server.rpc.interceptors import Context, on_end
 
 

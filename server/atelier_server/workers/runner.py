@@ -25,7 +25,7 @@ from atelier_server.adapters.format import (
     write_adapter,
 )
 from atelier_server.adapters.store import AdapterStore, CheckpointRecord
-from atelier_server.core import AdapterUse, BaseInfo, CheckpointId, GenerationJob, TrainingJob
+from atelier_server.core import AdapterUse, BaseInfo, CheckpointId, TrainingJob
 from atelier_server.diffusion.base import load_base
 from atelier_server.diffusion.denoiser import Denoiser, Picture
 from atelier_server.diffusion.images import encode_picture
@@ -34,6 +34,7 @@ from atelier_server.engine.runner import Decoded, Memory, Published, StepReport
 from atelier_server.engine.scheduler import ImageTask
 from atelier_server.errors import AdapterNotFound, DataLoss, NonfiniteImage, UnsupportedFormat
 from atelier_server.messages import WorkerSettings
+from atelier_server.receipt import receipt
 from atelier_server.training.trainer import LoraTrainer
 from atelier_server.workers import device
 
@@ -114,7 +115,8 @@ class TorchRunner:
                 raise NonfiniteImage(
                     "the picture has values that are not finite: lower the guidance or weights"
                 )
-            data = encode_picture(pixels, task.job.image_format, self._parameters(task))
+            made = receipt(task.job, self._info, seed=task.seed, num_images=1, bucket=task.bucket)
+            data = encode_picture(pixels, task.job.image_format, made.embedded())
         except Exception as error:
             done(Decoded(b"", monotonic() - before, error))
         else:
@@ -135,19 +137,6 @@ class TorchRunner:
         if self._rows is None or self._rows[0] != key:
             self._rows = (key, self.bank.gather(rows))
         return self._rows[1]
-
-    def _parameters(self, task: ImageTask) -> dict[str, object]:
-        """What is embedded in a picture's file: all that decides about it, nothing that varies besides."""
-        job = task.job
-        return {
-            **_settings(job),
-            "seed": task.seed,
-            "base_model": self._info.reference,
-            "base_sha256": self._info.sha256,
-            "dtype": self._info.dtype,
-            "device": self._info.device,
-            "versions": dict(self._info.versions),
-        }
 
     # ------------------------------------------------------------------------------------------- adapters
     def load(self, use: AdapterUse, slot: int) -> None:
@@ -273,29 +262,6 @@ class TrainerRun:
 def _published(record: CheckpointRecord) -> Published:
     use = AdapterUse(record.id, 1.0, record.path, record.sha256)
     return Published(use, record.size_bytes, record.loss if record.loss is not None else 0.0)
-
-
-def _settings(job: GenerationJob) -> dict[str, object]:
-    return {
-        "prompt": job.prompt,
-        "negative_prompt": job.negative_prompt,
-        "adapters": [
-            {
-                "adapter": str(u.checkpoint),
-                "version": u.checkpoint.version,
-                "weight": u.weight,
-                "sha256": u.sha256,
-            }
-            for u in job.adapters
-        ],
-        "num_inference_steps": job.num_inference_steps,
-        "guidance_scale": job.guidance_scale,
-        "scheduler": job.scheduler,
-        "width": job.width,
-        "height": job.height,
-        "reproducibility": job.mode.value,
-        "batch_bucket": job.bucket,
-    }
 
 
 def _sha256(path: Path) -> str:

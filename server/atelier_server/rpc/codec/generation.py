@@ -1,13 +1,11 @@
-"""GenerateRequest to GenerationJob, events to GenerateResponse."""
+"""GenerateRequest to GenerationJob."""
 
 from __future__ import annotations
 
 import hashlib
 import secrets
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 
 from atelier.v1 import generation_pb2 as pb
 from atelier_server.config import Limits
@@ -20,12 +18,8 @@ from atelier_server.core import (
     ImageFormat,
     Mode,
 )
-from atelier_server.jobs.generation import Generation, StreamEvent
-from atelier_server.messages import GenerationCompleted, ImageReady, Progress, Queued
 from atelier_server.rpc.codec.checks import Checks
-from atelier_server.rpc.codec.times import timestamp
 
-CHUNK_BYTES = 2**20
 _MAX_GUIDANCE = 100.0
 _DEFAULT_BUCKET = 8
 _MODES = {
@@ -116,89 +110,3 @@ def _body_hash(request: pb.GenerateRequest) -> str:
     body.CopyFrom(request)
     body.ClearField("request_id")
     return hashlib.sha256(body.SerializeToString(deterministic=True)).hexdigest()
-
-
-# ----------------------------------------------------------------------------------------------- events
-def encode_event(event: StreamEvent, generation: Generation, base: BaseInfo) -> Iterator[pb.GenerateResponse]:
-    """One message, or the chunks of one picture in order."""
-    match event:
-        case Queued():
-            yield pb.GenerateResponse(queued=pb.GenerateResponse.Queued(position=event.position))
-        case Progress():
-            yield pb.GenerateResponse(
-                progress=pb.GenerateResponse.Progress(step=event.step, total=event.total)
-            )
-        case ImageReady():
-            yield from _chunks(event)
-        case GenerationCompleted():
-            yield pb.GenerateResponse(completed=_completed(event, generation, base))
-
-
-def _chunks(image: ImageReady) -> Iterator[pb.GenerateResponse]:
-    size = len(image.data)
-    for offset in range(0, max(size, 1), CHUNK_BYTES):
-        end = min(offset + CHUNK_BYTES, size)
-        yield pb.GenerateResponse(
-            image=pb.GenerateResponse.Image(
-                index=image.index,
-                mime_type=image.mime_type,
-                data=image.data[offset:end],
-                offset=offset,
-                size=size,
-                last=end == size,
-                seed=image.seed,
-            )
-        )
-
-
-def _completed(
-    event: GenerationCompleted, generation: Generation, base: BaseInfo
-) -> pb.GenerateResponse.Completed:
-    timings = event.timings
-    return pb.GenerateResponse.Completed(
-        seed=generation.job.seed,
-        timings=pb.Timings(
-            queue_seconds=timings.queue_seconds,
-            encode_seconds=timings.encode_seconds,
-            denoise_seconds=timings.denoise_seconds,
-            decode_seconds=timings.decode_seconds,
-            total_seconds=timings.total_seconds,
-            restarts=generation.losses,
-        ),
-        batch_bucket=event.bucket,
-        receipt=_receipt(event, generation, base),
-    )
-
-
-def _receipt(event: GenerationCompleted, generation: Generation, base: BaseInfo) -> pb.Receipt:
-    job = generation.job
-    strict = job.mode is Mode.STRICT
-    return pb.Receipt(
-        base_model=base.reference,
-        base_sha256=base.sha256,
-        adapters=[
-            pb.Receipt.Adapter(
-                name=use.checkpoint.name,
-                version=use.checkpoint.version,
-                step=use.checkpoint.step,
-                weight=use.weight,
-                sha256=use.sha256,
-            )
-            for use in job.adapters
-        ],
-        scheduler=job.scheduler,
-        num_inference_steps=job.num_inference_steps,
-        guidance_scale=job.guidance_scale,
-        width=job.width,
-        height=job.height,
-        reproducibility=pb.REPRODUCIBILITY_STRICT if strict else pb.REPRODUCIBILITY_FAST,
-        batch_bucket=job.bucket if strict else event.bucket,
-        dtype=base.dtype,
-        device=base.device,
-        versions={"atelier": version("atelier"), **dict(base.versions)},
-        create_time=timestamp(generation.end_time),
-        prompt=job.prompt,
-        negative_prompt=job.negative_prompt,
-        seed=job.seed,
-        num_images=job.num_images,
-    )

@@ -1,0 +1,81 @@
+"""What decides about a picture: embedded in its file, and told at the end of its stream.
+
+The field names are those of the contract's `Receipt`, in the file's JSON as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from atelier_server.core import BaseInfo, GenerationJob, Mode
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterReceipt:
+    """The checkpoint that a reference meant."""
+
+    name: str
+    version: int
+    step: int
+    weight: float
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """Everything that a picture's bits follow from. `batch_bucket` is the largest that it was painted in."""
+
+    base_model: str
+    base_sha256: str
+    prompt: str
+    negative_prompt: str
+    adapters: tuple[AdapterReceipt, ...]
+    seed: int
+    num_images: int
+    scheduler: str
+    num_inference_steps: int
+    guidance_scale: float
+    width: int
+    height: int
+    reproducibility: Mode
+    batch_bucket: int
+    dtype: str
+    device: str
+    versions: Mapping[str, str]
+
+    def embedded(self) -> dict[str, object]:
+        """As JSON takes it, without what is not set."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def receipt(job: GenerationJob, base: BaseInfo, *, seed: int, num_images: int, bucket: int) -> Receipt:
+    """Of `num_images` pictures of a job, the first of which has `seed`, painted in `bucket` rows at most."""
+    return Receipt(
+        base_model=base.reference,
+        base_sha256=base.sha256,
+        prompt=job.prompt,
+        negative_prompt=job.negative_prompt,
+        adapters=tuple(
+            AdapterReceipt(
+                name=use.checkpoint.name,
+                version=use.checkpoint.version,
+                step=use.checkpoint.step,
+                weight=use.weight,
+                sha256=use.sha256,
+            )
+            for use in job.adapters
+        ),
+        seed=seed,
+        num_images=num_images,
+        scheduler=job.scheduler,
+        num_inference_steps=job.num_inference_steps,
+        guidance_scale=job.guidance_scale,
+        width=job.width,
+        height=job.height,
+        reproducibility=job.mode,
+        batch_bucket=job.bucket or bucket,
+        dtype=base.dtype,
+        device=base.device,
+        versions=dict(base.versions),
+    )

@@ -1,0 +1,34 @@
+"""A receipt has everything that decides, under the contract's names."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+
+from atelier.v1 import generation_pb2
+from atelier_server.core import Mode
+from atelier_server.receipt import AdapterReceipt, Receipt, receipt
+from tests.contract.fake_worker import BASE
+from tests.fakes import generation, use
+
+
+def test_its_fields_are_those_of_the_contract() -> None:
+    told_by_the_front = {"create_time"}
+    names = set(generation_pb2.Receipt.DESCRIPTOR.fields_by_name)
+    assert {field.name for field in fields(Receipt)} == names - told_by_the_front
+    adapter = set(generation_pb2.Receipt.Adapter.DESCRIPTOR.fields_by_name)
+    assert {field.name for field in fields(AdapterReceipt)} == adapter
+
+
+def test_a_fast_picture_names_the_bucket_it_was_painted_in() -> None:
+    job = generation("g", adapters=(use("otto", 750, weight=0.5),))
+    made = receipt(job, BASE, seed=4, num_images=1, bucket=4)
+    assert (made.reproducibility, made.batch_bucket, made.seed) == (Mode.FAST, 4, 4)
+    embedded = json.loads(json.dumps(made.embedded()))
+    assert embedded["adapters"] == [{"name": "otto", "version": 1, "step": 750, "weight": 0.5, "sha256": ""}]
+    assert (embedded["reproducibility"], embedded["versions"]["torch"]) == ("fast", "none")
+
+
+def test_a_strict_one_names_its_own() -> None:
+    job = generation("g", mode=Mode.STRICT, bucket=8)
+    assert receipt(job, BASE, seed=4, num_images=1, bucket=0).batch_bucket == 8
