@@ -9,7 +9,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from atelier_server import pocket
-from atelier_server.adapters.format import CanonicalAdapter, LoraModule, write_adapter
+from atelier_server.adapters.canonical import CanonicalAdapter, LoraModule
+from atelier_server.adapters.format import write_adapter
 
 PROMPTS = ("a red cat", "a blue octopus on a beach", "a car", "a fish at night")
 

@@ -8,7 +8,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from atelier_server import pocket
-from atelier_server.adapters.format import CanonicalAdapter, LoraModule, write_adapter
+from atelier_server.adapters.canonical import CanonicalAdapter, LoraModule
+from atelier_server.adapters.format import write_adapter
 
 
 def random_adapter(seed: int, *, rank: int, alpha: float, convolutions: bool = False) -> CanonicalAdapter:
@@ -37,7 +38,7 @@ def write(adapter: CanonicalAdapter, path: Path) -> Path:
 
 def merge(pipeline: StableDiffusionPipeline, adapter: CanonicalAdapter, weight: float) -> None:
     """W + weight * alpha/r * B A into the U-Net's weights."""
-    for name, module in adapter.modules.items():
+    for name, module in adapter.low_rank.items():
         target = pipeline.unet.get_submodule(name.removeprefix("unet.")).weight
         delta = module.B.flatten(1) @ module.A.flatten(1)
         with torch.no_grad():

@@ -9,7 +9,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from atelier_server.adapters.bank import SlotBank
-from atelier_server.adapters.format import CanonicalAdapter, write_adapter
+from atelier_server.adapters.canonical import CanonicalAdapter
+from atelier_server.adapters.format import write_adapter
 from tests.unit.adapters.tiny import ATTENTION, EVERYTHING, Inputs, adapter_for, tiny_unet, wrapped_unet
 
 ROWS = [

@@ -9,7 +9,8 @@ from diffusers import StableDiffusionPipeline
 
 from atelier_server import pocket
 from atelier_server.adapters.bank import SlotBank
-from atelier_server.adapters.format import CanonicalAdapter, LoraModule, read_adapter, write_adapter
+from atelier_server.adapters.canonical import CanonicalAdapter, LoraModule
+from atelier_server.adapters.format import read_adapter, write_adapter
 from tests.unit.adapters.tiny import ATTENTION, EVERYTHING, adapter_for
 
 
@@ -17,7 +18,7 @@ def mixed_alphas(adapter: CanonicalAdapter) -> CanonicalAdapter:
     return CanonicalAdapter(
         {
             name: LoraModule(m.A, m.B, m.alpha if number % 3 else 2.0)
-            for number, (name, m) in enumerate(adapter.modules.items())
+            for number, (name, m) in enumerate(adapter.low_rank.items())
         }
     )
 
@@ -44,7 +45,7 @@ def test_load_lora_weights_makes_the_same_change(
     plain.unload_lora_weights()
     after = plain.unet.state_dict()
     for name, weight in before.items():
-        module = adapter.modules.get(f"unet.{name.removesuffix('.weight')}")
+        module = adapter.low_rank.get(f"unet.{name.removesuffix('.weight')}")
         change = after[name] - weight
         if module is None or name.endswith(".bias"):
             assert not change.any()
@@ -64,8 +65,8 @@ def test_what_diffusers_saves_is_read(tmp_path: Path) -> None:
     pipe.load_lora_weights(str(tmp_path), weight_name="x.safetensors", adapter_name="subject")
     pipe.unet.save_lora_adapter(str(tmp_path), adapter_name="subject", weight_name="y.safetensors")
     read, _ = read_adapter(tmp_path / "y.safetensors", bank.layers)
-    assert read.modules.keys() == adapter.modules.keys()
-    for name, module in adapter.modules.items():
-        assert (read.modules[name].A == module.A).all()
-        assert (read.modules[name].B == module.B).all()
-        assert read.modules[name].alpha == module.alpha
+    assert read.low_rank.keys() == adapter.low_rank.keys()
+    for name, module in adapter.low_rank.items():
+        assert (read.low_rank[name].A == module.A).all()
+        assert (read.low_rank[name].B == module.B).all()
+        assert read.low_rank[name].alpha == module.alpha

@@ -133,7 +133,7 @@ def test_the_loss_curve_is_pefts(
             trainer.publish()
     expected, weights = peft_run
     assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 1e-5
-    for name, module in trainer.adapter().modules.items():
+    for name, module in trainer.adapter().low_rank.items():
         bare = name.removeprefix("unet.")
         assert (module.A - weights[f"{bare}.lora_A.weight"]).abs().max() <= 1e-4
         assert (module.B - weights[f"{bare}.lora_B.weight"]).abs().max() <= 1e-4
@@ -155,7 +155,7 @@ def test_the_first_weights_are_pefts(tmp_path: Path) -> None:
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
     unet.add_adapter(LoraConfig(r=4, lora_alpha=8, init_lora_weights="gaussian", target_modules=targets))
     weights = get_peft_model_state_dict(unet)
-    modules = trainer.adapter().modules
+    modules = trainer.adapter().low_rank
     assert len(weights) == 2 * len(modules)
     for name, module in modules.items():
         bare = name.removeprefix("unet.")

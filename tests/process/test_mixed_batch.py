@@ -16,7 +16,7 @@ from PIL import Image
 
 from atelier import Client
 from atelier_server import pocket
-from atelier_server.adapters.format import CanonicalAdapter
+from atelier_server.adapters.canonical import CanonicalAdapter
 from atelier_server.diffusion.schedulers import _REGISTRY
 from tests.adapters import merge, random_adapter, write
 from tests.process.server import Server

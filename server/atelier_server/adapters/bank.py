@@ -26,7 +26,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from atelier_server.adapters.format import CanonicalAdapter, LoraModule, finite
+from atelier_server.adapters.canonical import CanonicalAdapter, LoraModule, finite, tensors_of
 from atelier_server.adapters.layers import (
     BankLayer,
     Current,
@@ -100,7 +100,7 @@ class SlotBank:
         """Raises AdapterMismatch that names the first layer which does not fit or is not finite."""
         self._check_shapes(adapter)
         for name, module in adapter.modules.items():
-            if not (finite(module.A) and finite(module.B)):
+            if not all(finite(tensor) for _, tensor in tensors_of(module)):
                 raise AdapterMismatch(
                     f"the adapter has values in {name} that are not finite", {"module": name}
                 )
@@ -114,13 +114,13 @@ class SlotBank:
         self._check_shapes(adapter)
         # All memory first: running out of it leaves the slot as it was.
         grouped = [(self._group(key), modules) for key, modules in self._grouped(adapter).items()]
-        scales = {name: module.alpha / module.A.shape[0] for name, module in adapter.modules.items()}
+        scales = {name: module.alpha / module.rank for name, module in adapter.low_rank.items()}
         common = Counter(scale for scale in scales.values() if scale).most_common(1)
         for group in self._groups.values():
             group.erase(slot)
         self._held[slot] = held = _Slot(
             revision=held.revision + 1,
-            rank=max((module.A.shape[0] for module in adapter.modules.values()), default=0),
+            rank=adapter.largest.rank if adapter.largest else 0,
             scale=common[0][0] if common else 1.0,
             fingerprint=_fingerprint(adapter),
         )
@@ -234,7 +234,7 @@ class SlotBank:
 
     def _grouped(self, adapter: CanonicalAdapter) -> dict[GroupKey, dict[str, LoraModule]]:
         grouped: dict[GroupKey, dict[str, LoraModule]] = {}
-        for name, module in adapter.modules.items():
+        for name, module in adapter.low_rank.items():
             grouped.setdefault(group_key(self.layers[name]), {})[name] = module
         return grouped
 
@@ -243,6 +243,8 @@ class SlotBank:
             layer = self.layers.get(name)
             if layer is None:
                 raise AdapterMismatch(f"the base model has no layer {name}", {"module": name})
+            if not isinstance(module, LoraModule) or module.magnitude is not None:
+                raise AdapterMismatch(f"{name}: this kind of change is not supported yet", {"module": name})
             if fault := _shape_fault(module, layer, self.max_rank):
                 raise AdapterMismatch(f"the adapter's {name} {fault}", {"module": name})
 
@@ -284,8 +286,9 @@ def _fingerprint(adapter: CanonicalAdapter) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(adapter.modules)[:_FINGERPRINTED_LAYERS]:
         module = adapter.modules[name]
-        digest.update(f"{name} {module.alpha} {tuple(module.A.shape)}".encode())
-        for tensor in (module.A, module.B):
+        digest.update(f"{name} {module.alpha if isinstance(module, LoraModule) else 1}".encode())
+        for _, tensor in tensors_of(module):
+            digest.update(str(tuple(tensor.shape)).encode())
             sample = tensor.detach().flatten()[:_FINGERPRINTED_VALUES]
             digest.update(str(sample.double().tolist()).encode())
     return digest.digest()

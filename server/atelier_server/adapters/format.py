@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from atelier_server.adapters.canonical import CanonicalAdapter, LoraModule, finite
 from atelier_server.errors import AdapterMismatch, UnsupportedFormat
 
 Layout = Literal["diffusers", "peft", "kohya"]
@@ -45,22 +46,6 @@ _MODULE_PATH = re.compile(r"[A-Za-z0-9_.]+")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class LoraModule:
-    """One layer's change: A [r,in] or [r,C,kh,kw], B [out,r] or [out,r,1,1]; delta = alpha/r * B A."""
-
-    A: Tensor
-    B: Tensor
-    alpha: float
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class CanonicalAdapter:
-    """Changes by the real names of the layers."""
-
-    modules: dict[str, LoraModule]
-
-
 def read_adapter(path: Path, module_names: Iterable[str]) -> tuple[CanonicalAdapter, Layout]:
     """Reads a file of any layout for a base whose layers have `module_names` ("unet.conv_in", ...).
 
@@ -68,24 +53,10 @@ def read_adapter(path: Path, module_names: Iterable[str]) -> tuple[CanonicalAdap
     does not have or values that are not finite; both name the first offender. Shapes are the bank's to check.
     """
     adapter, layout = _canonical(*_read_tensors(path), module_names)
-    for name, module in adapter.modules.items():
+    for name, module in adapter.low_rank.items():
         if not (finite(module.A) and finite(module.B)):
             raise AdapterMismatch(f"the adapter has values in {name} that are not finite", {"module": name})
     return adapter, layout
-
-
-def decode_adapter(file: bytes, module_names: Iterable[str]) -> CanonicalAdapter:
-    """A file that was checked when it was published, from its bytes: no copy by pages, no look at the values.
-
-    Raises as `read_adapter` does, but for values that are not finite.
-    """
-    try:
-        tensors = safetensors.torch.load(file)
-    except SafetensorError as error:
-        raise UnsupportedFormat(f"this is not a whole safetensors file: {error}") from error
-    (size,) = struct.unpack("<Q", file[:8])
-    header = json.loads(file[8 : 8 + size]).get("__metadata__", {})
-    return _canonical(tensors, header, module_names)[0]
 
 
 def write_adapter(
@@ -100,8 +71,10 @@ def write_adapter(
     """
     if layout not in get_args(Layout):
         raise UnsupportedFormat(f"layout {layout!r} is none of {', '.join(get_args(Layout))}")
+    if len(adapter.low_rank) < len(adapter.modules) or adapter.tokens:
+        raise UnsupportedFormat(f"layout {layout!r} cannot hold all that this adapter has")
     tensors: dict[str, Tensor] = {}
-    for name, module in adapter.modules.items():
+    for name, module in adapter.low_rank.items():
         bare = name.removeprefix("unet.")
         if layout == "kohya":
             key = _PREFIX[layout] + bare.replace(".", "_")
@@ -116,11 +89,6 @@ def write_adapter(
         header[METADATA_KEY] = json.dumps(_config(adapter, layout), sort_keys=True)
     plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     path.write_bytes(_sorted_header(safetensors.torch.save(plain, header)))
-
-
-def finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite: one of them would make the sum so. Faster than asking each."""
-    return math.isfinite(tensor.sum(dtype=torch.float64).item())
 
 
 # --------------------------------------------------------------------------------------------------- reading
@@ -258,7 +226,7 @@ class _Alphas:
 # --------------------------------------------------------------------------------------------------- writing
 def _config(adapter: CanonicalAdapter, layout: Layout) -> dict[str, Any]:
     """The arguments of peft.LoraConfig that rebuild the adapter; diffusers prefixes them by component."""
-    modules = {name.removeprefix("unet."): module for name, module in sorted(adapter.modules.items())}
+    modules = {name.removeprefix("unet."): module for name, module in sorted(adapter.low_rank.items())}
     ranks = {name: module.A.shape[0] for name, module in modules.items()}
     alphas = {name: module.alpha for name, module in modules.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence, Set
 import torch
 from torch import Tensor
 
-from atelier_server.adapters.format import LoraModule
+from atelier_server.adapters.canonical import LoraModule
 from atelier_server.adapters.layers import BankLayer, RowDelta
 
 GroupKey = tuple[tuple[int, ...], bool]

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, skip_init
 
 from atelier_server.adapters.bank import SlotBank
-from atelier_server.adapters.format import CanonicalAdapter, LoraModule, read_adapter, write_adapter
+from atelier_server.adapters.canonical import CanonicalAdapter, LoraModule
 from atelier_server.adapters.layers import Leaf, LeafSet
 from atelier_server.adapters.store import ADAPTER_FILE, AdapterStore, CheckpointRecord
+from atelier_server.adapters.stored import decode_stored, write_stored
 from atelier_server.core import CheckpointId, TrainingJob
 from atelier_server.diffusion.base import BaseModel
 from atelier_server.diffusion.denoiser import Denoiser
@@ -196,7 +197,8 @@ class LoraTrainer:
     def _read(self, checkpoint: CheckpointId) -> CanonicalAdapter:
         path = self._store.folder(checkpoint) / ADAPTER_FILE
         try:
-            adapter, _ = read_adapter(path, self._bank.layers)
+            adapter = decode_stored(path.read_bytes())
+            self._bank.check(adapter)
         except (OSError, UnsupportedFormat, AdapterMismatch) as error:
             raise DataLoss(f"the weights of {checkpoint} cannot be read: {error}") from error
         return adapter
@@ -208,11 +210,12 @@ class LoraTrainer:
             return nn.Parameter(weights.detach().to(self._base.device, torch.float32, copy=True))
 
         scale = self._recipe.lora_alpha / self._recipe.rank
+        modules = adapter.low_rank
         return LeafSet(
             {
-                name: Leaf(leaf(adapter.modules[name].A), leaf(adapter.modules[name].B), scale)
+                name: Leaf(leaf(modules[name].A), leaf(modules[name].B), scale)
                 for name in self._bank.layers
-                if name in adapter.modules
+                if name in modules
             }
         )
 
@@ -274,7 +277,7 @@ class LoraTrainer:
             unet.disable_gradient_checkpointing()
 
     def _write(self, folder: Path) -> None:
-        write_adapter(self.adapter(), folder / ADAPTER_FILE)
+        write_stored(self.adapter(), folder / ADAPTER_FILE)
         self._state.save(folder, self.step)
 
     def _nonfinite(self, step: int, loss: float) -> NonfiniteLoss:

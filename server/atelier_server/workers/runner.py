@@ -17,14 +17,10 @@ import torch
 from torch import Tensor
 
 from atelier_server.adapters.bank import ActiveRows, RowsKey, SlotBank
-from atelier_server.adapters.format import (
-    CanonicalAdapter,
-    Layout,
-    decode_adapter,
-    read_adapter,
-    write_adapter,
-)
-from atelier_server.adapters.store import AdapterStore, CheckpointRecord
+from atelier_server.adapters.canonical import CanonicalAdapter
+from atelier_server.adapters.format import Layout, read_adapter, write_adapter
+from atelier_server.adapters.store import ADAPTER_FILE, AdapterStore, CheckpointRecord
+from atelier_server.adapters.stored import decode_stored, write_stored
 from atelier_server.core import AdapterUse, BaseInfo, CheckpointId, TrainingJob
 from atelier_server.diffusion.base import load_base
 from atelier_server.diffusion.denoiser import Denoiser, Picture
@@ -159,14 +155,14 @@ class TorchRunner:
             training="",
             new_version=new_version,
         )
-        largest = max(adapter.modules.values(), key=lambda module: module.A.shape[0])
+        largest = adapter.largest
         try:
             record = self.store.publish(
                 CheckpointId(name, meta.version, 0),
-                lambda folder: write_adapter(adapter, folder / "adapter.safetensors", "diffusers"),
+                lambda folder: write_stored(adapter, folder / ADAPTER_FILE),
                 loss=None,
-                rank=largest.A.shape[0],
-                lora_alpha=largest.alpha,
+                rank=largest.rank if largest else 0,
+                lora_alpha=largest.alpha if largest else 0.0,
             )
         except Exception:
             self.store.delete(name, meta.version)
@@ -186,7 +182,7 @@ class TorchRunner:
             file = path.read_bytes()
             if use not in self._verified and hashlib.sha256(file).hexdigest() != use.sha256:
                 raise DataLoss(f"{use.checkpoint}: the stored file does not match its checksum", metadata)
-            adapter = decode_adapter(file, self.bank.layers)
+            adapter = decode_stored(file)
         except FileNotFoundError as error:
             raise AdapterNotFound(
                 f"{use.checkpoint} has been deleted", metadata, name=str(use.checkpoint)

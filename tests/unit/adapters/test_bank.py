@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from atelier_server.adapters.bank import SlotBank
-from atelier_server.adapters.format import CanonicalAdapter, LoraModule
+from atelier_server.adapters.canonical import CanonicalAdapter, LoraModule
 from atelier_server.adapters.slots import group_key
 from atelier_server.errors import AdapterMismatch
 from tests.unit.adapters.tiny import (
@@ -151,7 +151,7 @@ def test_nan_in_a_slot_reaches_only_the_rows_that_use_it(
     with bank.use(bank.gather(ROWS)):
         before = inputs.run(unet)
     nan = adapter_for(bank, rank=40, alpha=1, seed=9, targets=EVERYTHING)
-    for module in nan.modules.values():
+    for module in nan.low_rank.values():
         module.A.fill_(float("nan"))
     for slot in (5, 6):  # every slot beside the used ones, and one in between
         bank.load(slot, nan)
@@ -168,7 +168,7 @@ def test_nan_in_a_slot_reaches_only_the_rows_that_use_it(
 def test_clearing_a_slot_with_nan_leaves_zeros() -> None:
     unet, bank = wrapped_unet()
     nan = adapter_for(bank, rank=40, alpha=1, seed=9)
-    for module in nan.modules.values():
+    for module in nan.low_rank.values():
         module.B.fill_(float("nan"))
     bank.load(1, nan)
     bank.clear(1)
@@ -256,7 +256,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing(
     rows = [[(1, 1.0)]] * BATCH
     with bank.use(bank.gather(rows)):
         before = inputs.run(unet)
-    name, module = next(iter(adapters[1].modules.items()))
+    name, module = next(iter(adapters[1].low_rank.items()))
     cases = {
         "unet.nothing": (module, "no layer unet.nothing"),
         name: (LoraModule(module.A[:, :-1], module.B, 1.0), name),
@@ -269,7 +269,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing(
     with pytest.raises(AdapterMismatch, match="rank 41"):
         bank.load(1, adapter_for(bank, rank=41, alpha=1, seed=1))
     infinite = adapter_for(bank, rank=4, alpha=1, seed=1)
-    infinite.modules[name].B[0, 0] = float("inf")
+    infinite.low_rank[name].B[0, 0] = float("inf")
     with pytest.raises(AdapterMismatch, match=f"{name} that are not finite"):
         bank.check(infinite)
     with bank.use(bank.gather(rows)):
@@ -298,7 +298,7 @@ def test_linear_layers_take_weights_in_the_shape_of_a_1x1_convolution() -> None:
     _, bank = wrapped_unet()
     plain = adapter_for(bank, rank=4, alpha=4, seed=1, targets=(*ATTENTION, ".proj_in"))
     other = {}
-    for name, m in plain.modules.items():
+    for name, m in plain.low_rank.items():
         to_linear = m.A.dim() == 4
         shape = (
             (m.A.flatten(1), m.B.flatten(1)) if to_linear else (m.A[..., None, None], m.B[..., None, None])
@@ -323,5 +323,5 @@ def test_memory_is_taken_only_for_layers_of_the_shapes_that_were_needed() -> Non
 
 
 def _with_alpha(adapter: CanonicalAdapter, name: str, alpha: float) -> CanonicalAdapter:
-    module = adapter.modules[name]
-    return CanonicalAdapter({**adapter.modules, name: LoraModule(module.A, module.B, alpha)})
+    module = adapter.low_rank[name]
+    return CanonicalAdapter({**adapter.low_rank, name: LoraModule(module.A, module.B, alpha)})

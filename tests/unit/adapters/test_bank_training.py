@@ -17,7 +17,7 @@ from tests.unit.adapters.tiny import ATTENTION, EVERYTHING, Inputs, adapter_for,
 def leaves_for(bank: SlotBank, rank: int, seed: int, targets: Sequence[str] = ATTENTION) -> LeafSet:
     adapter = adapter_for(bank, rank=rank, alpha=3.0, seed=seed, targets=targets)
     return LeafSet(
-        {n: Leaf(nn.Parameter(m.A), nn.Parameter(m.B), m.alpha / rank) for n, m in adapter.modules.items()}
+        {n: Leaf(nn.Parameter(m.A), nn.Parameter(m.B), m.alpha / rank) for n, m in adapter.low_rank.items()}
     )
 
 

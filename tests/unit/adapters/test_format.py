@@ -17,12 +17,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
+from atelier_server.adapters.canonical import CanonicalAdapter, LoraModule
 from atelier_server.adapters.format import (
     METADATA_KEY,
-    CanonicalAdapter,
     Layout,
-    LoraModule,
-    decode_adapter,
     read_adapter,
     write_adapter,
 )
@@ -67,12 +65,12 @@ def test_every_layout_keeps_tensors_and_alphas(layout: Layout, dtype: torch.dtyp
     write_adapter(written, tmp_path / "x.safetensors", layout, {"trigger": "sks"})
     read, detected = read_adapter(tmp_path / "x.safetensors", NAMES)
     assert detected == layout
-    assert read.modules.keys() == written.modules.keys()
-    for name, module in written.modules.items():
-        assert torch.equal(read.modules[name].A, module.A)
-        assert torch.equal(read.modules[name].B, module.B)
-        assert read.modules[name].A.dtype == dtype
-        assert read.modules[name].alpha == pytest.approx(module.alpha, rel=1e-6)  # kohya's is a float32
+    assert read.low_rank.keys() == written.low_rank.keys()
+    for name, module in written.low_rank.items():
+        assert torch.equal(read.low_rank[name].A, module.A)
+        assert torch.equal(read.low_rank[name].B, module.B)
+        assert read.low_rank[name].A.dtype == dtype
+        assert read.low_rank[name].alpha == pytest.approx(module.alpha, rel=1e-6)  # kohya's is a float32
     with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
         assert file.metadata()["trigger"] == "sks"
 
@@ -83,7 +81,7 @@ def test_equal_adapters_give_equal_bytes_whatever_the_order_of_their_layers(
 ) -> None:
     metadata = {"a": "1", "b": "2", "c": "3"}
     write_adapter(adapter(), tmp_path / "x", layout, metadata)
-    backwards = CanonicalAdapter(dict(reversed(adapter().modules.items())))
+    backwards = CanonicalAdapter(dict(reversed(adapter().low_rank.items())))
     write_adapter(backwards, tmp_path / "y", layout, dict(reversed(metadata.items())))
     assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
 
@@ -121,14 +119,14 @@ def test_the_layouts_name_their_tensors_as_other_tools_do(tmp_path: Path) -> Non
 def test_older_and_neighbouring_names_are_read(names: tuple[str, str], tmp_path: Path) -> None:
     path = save(tmp_path / "x", dict(zip(names, pair(), strict=True)))
     read, _ = read_adapter(path, NAMES)
-    assert list(read.modules) == [f"unet.{ATTN}.to_q"]
-    assert read.modules[f"unet.{ATTN}.to_q"].alpha == 2.0  # none given: the rank
+    assert list(read.low_rank) == [f"unet.{ATTN}.to_q"]
+    assert read.low_rank[f"unet.{ATTN}.to_q"].alpha == 2.0  # none given: the rank
 
 
 def test_the_old_name_of_the_output_projection_is_read(tmp_path: Path) -> None:
     names = (f"unet.{ATTN}.processor.to_out_lora.down.weight", f"unet.{ATTN}.processor.to_out_lora.up.weight")
     read, _ = read_adapter(save(tmp_path / "x", dict(zip(names, pair(), strict=True))), NAMES)
-    assert list(read.modules) == [f"unet.{ATTN}.to_out.0"]
+    assert list(read.low_rank) == [f"unet.{ATTN}.to_out.0"]
 
 
 def test_alphas_of_the_header_follow_peft(tmp_path: Path) -> None:
@@ -141,11 +139,11 @@ def test_alphas_of_the_header_follow_peft(tmp_path: Path) -> None:
         }
     config = {"unet.lora_alpha": 8, "unet.r": 2, "unet.alpha_pattern": {"to_out.0": 3}}
     path = save(tmp_path / "x", tensors, {METADATA_KEY: json.dumps(config)})
-    modules = read_adapter(path, NAMES)[0].modules
+    modules = read_adapter(path, NAMES)[0].low_rank
     assert [modules[f"unet.{ATTN}.{p}"].alpha for p in ("to_q", "to_out.0")] == [8, 3]
     config["unet.use_rslora"] = True
     path = save(tmp_path / "y", tensors, {METADATA_KEY: json.dumps(config)})
-    assert read_adapter(path, NAMES)[0].modules[f"unet.{ATTN}.to_q"].alpha == pytest.approx(8 * 2**0.5)
+    assert read_adapter(path, NAMES)[0].low_rank[f"unet.{ATTN}.to_q"].alpha == pytest.approx(8 * 2**0.5)
 
 
 Q = f"unet.{ATTN}.to_q"
@@ -245,21 +243,3 @@ def test_noise_is_refused(tmp_path_factory: pytest.TempPathFactory, content: byt
     path.write_bytes(content)
     with pytest.raises(UnsupportedFormat):
         read_adapter(path, NAMES)
-
-
-def test_a_stored_file_is_decoded_as_it_is_read(tmp_path: Path) -> None:
-    names = tuple(f"unet.down_blocks.0.attentions.{i}.to_q" for i in range(3))
-    modules = {
-        name: LoraModule(torch.randn(i + 1, 8), torch.randn(8, i + 1), float(2 * i + 1))
-        for i, name in enumerate(names)
-    }
-    path = tmp_path / "adapter.safetensors"
-    write_adapter(CanonicalAdapter(modules), path)
-    read, _ = read_adapter(path, names)
-    decoded = decode_adapter(path.read_bytes(), names)
-    for name in names:
-        assert torch.equal(decoded.modules[name].A, read.modules[name].A)
-        assert torch.equal(decoded.modules[name].B, read.modules[name].B)
-        assert decoded.modules[name].alpha == read.modules[name].alpha == modules[name].alpha
-    with pytest.raises(UnsupportedFormat, match="not a whole safetensors file"):
-        decode_adapter(path.read_bytes()[:-9], names)

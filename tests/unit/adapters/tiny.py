@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from atelier_server.adapters.bank import SlotBank
-from atelier_server.adapters.format import CanonicalAdapter, LoraModule
+from atelier_server.adapters.canonical import CanonicalAdapter, LoraModule
 
 ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
 EVERYTHING = (
@@ -75,7 +75,7 @@ def merged_unet(parts: Sequence[tuple[CanonicalAdapter, float]], seed: int = 0) 
     """The reference: W + weight * alpha/r * B A, written into a fresh copy of the base."""
     unet = tiny_unet(seed)
     for adapter, weight in parts:
-        for name, module in adapter.modules.items():
+        for name, module in adapter.low_rank.items():
             target = unet.get_submodule(name.removeprefix("unet.")).weight
             rank = module.A.shape[0]
             delta = module.B.reshape(-1, rank) @ module.A.reshape(rank, -1)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from atelier_server.adapters.format import CanonicalAdapter, read_adapter
+from atelier_server.adapters.canonical import CanonicalAdapter
+from atelier_server.adapters.stored import decode_stored
 from atelier_server.core import CheckpointId
 from atelier_server.errors import DataLoss, InvalidRequest, NonfiniteLoss, StorageFull
 from atelier_server.training.trainer import LoraTrainer
@@ -29,9 +30,9 @@ def steps(trainer: LoraTrainer, count: int) -> list[float]:
 
 
 def same_bits(a: CanonicalAdapter, b: CanonicalAdapter) -> bool:
-    return a.modules.keys() == b.modules.keys() and all(
-        torch.equal(a.modules[n].A, b.modules[n].A) and torch.equal(a.modules[n].B, b.modules[n].B)
-        for n in a.modules
+    return a.low_rank.keys() == b.low_rank.keys() and all(
+        torch.equal(a.low_rank[n].A, b.low_rank[n].A) and torch.equal(a.low_rank[n].B, b.low_rank[n].B)
+        for n in a.low_rank
     )
 
 
@@ -62,15 +63,14 @@ def test_a_checkpoint_is_an_adapter_like_any_other(studio: Studio) -> None:
     assert record.id == CheckpointId("otto", 1, 2)
     assert record.loss == pytest.approx(sum(losses) / 2)
     assert (record.rank, record.lora_alpha) == (4, 8.0)
-    adapter, layout = read_adapter(Path(record.path), studio.bank.layers)
-    assert layout == "diffusers"
+    adapter = decode_stored(Path(record.path).read_bytes())
     assert same_bits(adapter, trainer.adapter())
-    assert {module.alpha for module in adapter.modules.values()} == {8.0}
+    assert {module.alpha for module in adapter.low_rank.values()} == {8.0}
     studio.bank.check(adapter)
     assert trainer.publish() is record  # nothing new to publish
     steps(trainer, 1)
     assert trainer.publish().id.step == 3
-    assert not same_bits(read_adapter(Path(record.path), studio.bank.layers)[0], trainer.adapter())
+    assert not same_bits(decode_stored(Path(record.path).read_bytes()), trainer.adapter())
 
 
 def test_it_learns(studio: Studio) -> None:
@@ -154,7 +154,7 @@ def test_weights_that_are_finite_but_paint_nothing_are_not_published(studio: Stu
     trainer.train_step()  # at a rate of 0
     trainer.publish()
     trainer.train_step()  # its own loss is that of the weights before it
-    assert all(bool(m.A.isfinite().all()) for m in trainer.adapter().modules.values())
+    assert all(bool(m.A.isfinite().all()) for m in trainer.adapter().low_rank.values())
     with pytest.raises(NonfiniteLoss) as caught:
         trainer.publish()
     assert caught.value.metadata == {"step": "2"}
