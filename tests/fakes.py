@@ -82,7 +82,7 @@ class FakeRunner:
         return [self.progress[task.arrival] == task.job.num_inference_steps for task in tasks]
 
     def decode(self, task: ImageTask, done: Callable[[Decoded], None]) -> None:
-        done(Decoded(f"{task.job.id}:{task.index}".encode(), 0.0))
+        done(Decoded(f"{task.job.id}:{task.index}".encode()))
 
     def close(self, task: ImageTask) -> None:
         self.progress.pop(task.arrival, None)

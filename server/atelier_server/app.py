@@ -72,6 +72,8 @@ class Application:
         self._directory = DataDirectory(settings.data_dir.absolute())
         root, limits = self._directory.path, settings.limits
         self.metrics = Metrics()
+        self.metrics.queue_limit("generate", limits.max_queued_generations)
+        self.metrics.queue_limit("train", limits.max_queued_trainings)
         self.status = WorkerStatus()
         self._health = Health()
         self.worker = LocalWorker(worker_settings(settings, root), worker_argv)

@@ -135,6 +135,7 @@ class Timings:
     encode_seconds: float = 0.0
     denoise_seconds: float = 0.0
     decode_seconds: float = 0.0
+    image_encode_seconds: float = 0.0
     total_seconds: float = 0.0
 
 

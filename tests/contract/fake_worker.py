@@ -208,7 +208,7 @@ class FakeWorker:
         self.say(messages.AdapterImported(call_id, checkpoint, "diffusers", 7))
 
     def beat(self) -> None:
-        self.say(messages.Heartbeat(0, 0, 0, tuple(sorted(self.resident)), 10, 20, 30, (("unet", 5),)))
+        self.say(messages.Heartbeat(0, 0, 0, tuple(sorted(self.resident)), 10, 20, 30, (("base", 5),)))
 
 
 if __name__ == "__main__":

@@ -89,6 +89,15 @@ def test_eight_different_requests_at_once(server: Server, tmp_path: Path) -> Non
     forwards = after["atelier_batch_rows_count"] - before.get("atelier_batch_rows_count", 0)
     assert images / forwards > 4
 
+    components = ("base", "bank", "training", "activations", "runtime")
+    parts = {name: after[f'atelier_vram_component_bytes{{component="{name}"}}'] for name in components}
+    assert parts["base"] > 10 * 2**20
+    assert parts["bank"] > 0
+    assert parts["training"] == 0
+    assert sum(parts.values()) == pytest.approx(
+        after['atelier_vram_bytes{device="cpu",kind="allocated"}'], rel=0.2
+    )
+
     for request, mixed, single in zip(REQUESTS, together, alone, strict=True):
         assert mixed.images[0].data == single.images[0].data
         ours = np.asarray(Image.open(io.BytesIO(mixed.images[0].data))).astype(int)

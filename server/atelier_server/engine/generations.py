@@ -30,6 +30,7 @@ class Generation:
     last_progress: float = 0.0
     encode_seconds: float = 0.0
     decode_seconds: float = 0.0
+    image_encode_seconds: float = 0.0
     denoised: float = 0.0
 
 
@@ -84,7 +85,8 @@ class Generations:
         """A picture is a file now. True when it was the generation's last."""
         generation = self.live[task.job.id]
         job = generation.job
-        generation.decode_seconds += picture.seconds
+        generation.decode_seconds += picture.decode_seconds
+        generation.image_encode_seconds += picture.encode_seconds
         generation.images_left -= 1
         self.emit(Sample("images_total", 1.0))
         self.emit(ImageReady(job.id, task.index, task.seed, job.image_format.mime_type, picture.data))
@@ -102,5 +104,6 @@ class Generations:
             encode_seconds=generation.encode_seconds,
             denoise_seconds=generation.denoised - started,
             decode_seconds=generation.decode_seconds,
+            image_encode_seconds=generation.image_encode_seconds,
             total_seconds=monotonic() - generation.submitted,
         )

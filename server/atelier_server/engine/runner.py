@@ -32,13 +32,14 @@ class Decoded:
     """A finished picture as a file, or why there is none."""
 
     data: bytes
-    seconds: float
+    decode_seconds: float = 0.0
+    encode_seconds: float = 0.0
     error: Exception | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes on the device (on a CPU: of the process)."""
+    """Bytes on the device (on a CPU: of the process). The components add up to what is allocated."""
 
     allocated: int
     reserved: int

@@ -143,6 +143,7 @@ class Dispatcher:
         status.ready, status.message = True, ""
         status.base, status.slots, status.row_seconds = event.base, event.slots, event.row_seconds
         _log.info("the worker is ready: %s on %s", event.base.reference, event.base.device)
+        self._metrics.worker_ready()
         self._calls.worker_ready()
         self._generations.worker_ready()
         self._runs.worker_ready()
@@ -150,6 +151,7 @@ class Dispatcher:
 
     async def _gone(self, event: WorkerLost) -> None:
         self._status.ready, self._status.heartbeat = False, None
+        self._metrics.worker_gone(self._status.base)
         self._calls.worker_lost()
         if self.draining:
             # It has done as it was told. Its trainings stay as written; the next server goes on with them.

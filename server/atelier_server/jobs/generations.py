@@ -120,6 +120,7 @@ class Generations:
             case Queued():
                 generation.publish(event)
             case GenerationCompleted():
+                self._metrics.generation_completed(event.timings)
                 generation.publish(event)
                 self._end(generation, None)
             case JobFailed():

@@ -81,6 +81,11 @@ def on_end(context: Context, action: Callable[[], None]) -> None:
     context.add_done_callback(lambda _: action())  # type: ignore[arg-type]
 
 
+def _name(method: str) -> str:
+    """Generate, of /atelier.v1.GenerationService/Generate."""
+    return method.rpartition("/")[2]
+
+
 class _Call:
     """One call, from its first line to its status."""
 
@@ -93,6 +98,9 @@ class _Call:
         self._id = str(given) if _GIVEN_ID.fullmatch(str(given)) else uuid.uuid4().hex
 
     async def __aenter__(self) -> None:
+        name = _name(self._method)
+        self._metrics.call_began(name)
+        on_end(self._context, lambda: self._metrics.call_left(name))
         self._context.set_trailing_metadata(((REQUEST_ID, self._id),))
 
     async def __aexit__(
@@ -112,5 +120,4 @@ class _Call:
             await self._context.abort(status.code_of(refusal), message, (*metadata, (REQUEST_ID, self._id)))
 
     def _ended(self, code: str) -> None:
-        method = self._method.rpartition("/")[2]
-        self._metrics.call_ended(method, code, time.perf_counter() - self._begin)
+        self._metrics.call_ended(_name(self._method), code, time.perf_counter() - self._begin)

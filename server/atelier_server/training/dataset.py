@@ -67,6 +67,12 @@ class Dataset:
             self.prompts[caption] = base.encode_prompt(caption)
             yield
 
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that is cached, for whoever counts memory."""
+        yield from self.prompts.values()
+        for view in (view for example in self.examples for view in example.views):
+            yield from (view.mean, view.std)
+
 
 def upright(image: Image.Image) -> Image.Image:
     """RGB, turned as its EXIF orientation says, transparency laid on white."""

@@ -135,6 +135,13 @@ class LoraTrainer:
             }
         )
 
+    def state_bytes(self) -> int:
+        """What the training holds on the base's device between two steps: weights, optimizer, caches."""
+        device = self._base.device.type
+        kept = [*self._leaves.parameters(), *self._dataset.tensors()]
+        kept += [value for state in self._optimizer.state.values() for value in state.values()]
+        return sum(t.nbytes for t in kept if isinstance(t, Tensor) and t.device.type == device)
+
     # -------------------------------------------------------------------------------------- beginning
     def _begin(self) -> None:
         recipe = self._recipe

@@ -37,18 +37,17 @@ def describe(base: BaseModel, prediction_type: str) -> BaseInfo:
     )
 
 
-def memory(device: torch.device, components: tuple[tuple[str, int], ...]) -> Memory:
+def memory(device: torch.device) -> Memory:
     """torch's allocator on a GPU, the process on a CPU. Bytes; never waits for the device."""
     if device.type == "cuda":
         return Memory(
             allocated=torch.cuda.memory_allocated(device),
             reserved=torch.cuda.memory_reserved(device),
             peak=torch.cuda.max_memory_allocated(device),
-            components=components,
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    return Memory(allocated=resident, reserved=resident, peak=peak, components=components)
+    return Memory(allocated=resident, reserved=resident, peak=peak)
 
 
 def weight_bytes(base: BaseModel) -> int:

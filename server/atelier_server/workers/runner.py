@@ -6,9 +6,11 @@ The one place, with the worker's entry, that knows engine, adapters, diffusion a
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import cast
@@ -55,6 +57,9 @@ class TorchRunner:
         # Told by the heartbeat's thread, so counted here and not there.
         self._base_bytes = device.weight_bytes(self.base)
         self._bank_bytes = 0
+        self._trainings: tuple[weakref.ref[TrainerRun], ...] = ()
+        # On a CPU the libraries are most of a process; nearly nothing of a GPU is taken at this point.
+        self._runtime_bytes = max(0, device.memory(self.base.device).allocated - self._base_bytes)
         self._rows: tuple[RowsKey, ActiveRows] | None = None
         # One thread: pictures are decoded in the order in which they were finished.
         self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decoder")
@@ -104,19 +109,20 @@ class TorchRunner:
         self._pictures.pop(task.arrival, None)
 
     def _decode(self, task: ImageTask, latents: Tensor, done: Callable[[Decoded], None]) -> None:
-        before = monotonic()
+        began = decoded = monotonic()
         try:
             pixels = self.base.decode_latents(latents)
             if not bool(pixels.isfinite().all()):
                 raise NonfiniteImage(
                     "the picture has values that are not finite: lower the guidance or weights"
                 )
+            decoded = monotonic()
             made = receipt(task.job, self._info, seed=task.seed, num_images=1, bucket=task.bucket)
             data = encode_picture(pixels, task.job.image_format, made.embedded())
         except Exception as error:
-            done(Decoded(b"", monotonic() - before, error))
+            done(Decoded(b"", error=error))
         else:
-            done(Decoded(data, monotonic() - before))
+            done(Decoded(data, decoded - began, monotonic() - decoded))
 
     def _prompt(self, text: str) -> Tensor:
         """The prompt's embedding, cached: the same words come again with every picture of a request."""
@@ -195,7 +201,10 @@ class TorchRunner:
     # ------------------------------------------------------------------------------------------ trainings
     def open_training(self, job: TrainingJob) -> TrainerRun:
         trainer = LoraTrainer(job, base=self.base, denoiser=self.denoiser, bank=self.bank, store=self.store)
-        return TrainerRun(trainer)
+        run = TrainerRun(trainer)
+        # Those that have ended are gone as soon as the desk forgets them.
+        self._trainings = (*(ref for ref in self._trainings if ref() is not None), weakref.ref(run))
+        return run
 
     # --------------------------------------------------------------------------------------------- device
     @property
@@ -225,8 +234,12 @@ class TorchRunner:
             torch.cuda.empty_cache()
 
     def memory(self) -> Memory:
-        components = (("base", self._base_bytes), ("bank", self._bank_bytes))
-        return device.memory(self.base.device, components)
+        memory = device.memory(self.base.device)
+        training = sum(run.state_bytes for ref in self._trainings if (run := ref()) is not None)
+        parts = {"base": self._base_bytes, "bank": self._bank_bytes, "training": training}
+        parts["runtime"] = self._runtime_bytes
+        parts["activations"] = max(0, memory.allocated - sum(parts.values()))
+        return replace(memory, components=tuple(parts.items()))
 
 
 class TrainerRun:
@@ -234,6 +247,9 @@ class TrainerRun:
 
     def __init__(self, trainer: LoraTrainer) -> None:
         self._trainer = trainer
+        # Counted here and told by the heartbeat's thread: optimizers allocate at the first step.
+        self.state_bytes = 0
+        self._has_stepped = False
 
     @property
     def step(self) -> int:
@@ -245,10 +261,14 @@ class TrainerRun:
         return _published(record) if record else None
 
     def prepare(self) -> Iterator[None]:
-        return self._trainer.prepare()
+        yield from self._trainer.prepare()
+        self.state_bytes = self._trainer.state_bytes()
 
     def train_step(self) -> StepReport:
         report = self._trainer.train_step()
+        if not self._has_stepped:
+            self._has_stepped = True
+            self.state_bytes = self._trainer.state_bytes()
         return StepReport(report.loss, report.learning_rate)
 
     def publish(self) -> Published:

@@ -73,6 +73,16 @@ def test_a_checkpoint_is_an_adapter_like_any_other(studio: Studio) -> None:
     assert not same_bits(decode_stored(Path(record.path).read_bytes()), trainer.adapter())
 
 
+def test_its_state_is_weights_optimizer_and_caches(studio: Studio) -> None:
+    trainer = studio.trainer()
+    before = trainer.state_bytes()
+    steps(trainer, 1)
+    weights = sum(m.A.nbytes + m.B.nbytes for m in trainer.adapter().modules.values())
+    moments = trainer.state_bytes() - before
+    assert 2 * weights <= moments < 2.1 * weights  # two moments, and a counter a tensor
+    assert before > weights
+
+
 def test_it_learns(studio: Studio) -> None:
     """Against the same batches, noise and timesteps with a rate that learns nothing."""
     frozen = steps(studio.trainer(learning_rate=1e-12), 12)

@@ -60,7 +60,7 @@ def _completed(
             queue_seconds=timings.queue_seconds,
             encode_seconds=timings.encode_seconds,
             denoise_seconds=timings.denoise_seconds,
-            decode_seconds=timings.decode_seconds,
+            decode_seconds=timings.decode_seconds + timings.image_encode_seconds,
             total_seconds=timings.total_seconds,
             restarts=generation.losses,
         ),
