@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import json
 import logging
 import os
 import signal
@@ -14,6 +12,8 @@ from typing import Any
 
 from atelier_server.adapters.store import AdapterStore
 from atelier_server.config import Settings
+from atelier_server.data_directory import DataDirectory
+from atelier_server.errors import StartError
 from atelier_server.jobs.book import Book
 from atelier_server.jobs.calls import Calls
 from atelier_server.jobs.dispatch import CannotStart, Dispatcher, WorkerStatus
@@ -25,6 +25,7 @@ from atelier_server.jobs.uploads import Uploads
 from atelier_server.jobs.wardrobe import Wardrobe
 from atelier_server.messages import Drain, WorkerSettings
 from atelier_server.metrics import Metrics, MetricsServer
+from atelier_server.preflight import check
 from atelier_server.rpc.health import Health
 from atelier_server.rpc.server import build_server
 from atelier_server.workers.handle import DEFAULT_ARGV, LocalWorker
@@ -32,36 +33,6 @@ from atelier_server.workers.handle import DEFAULT_ARGV, LocalWorker
 _log = logging.getLogger(__name__)
 _CHECKPOINT_SECONDS = 30.0  # for trainings to be written to the store when the server goes
 _GRACE_SECONDS = 1.0  # for streams to send their status
-
-
-class StartError(Exception):
-    """The server cannot start; the message is for people."""
-
-
-class DataDirectory:
-    """The server's folder, locked while this process lives."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            # The lock belongs to the process: killed or crashed, the next server starts at once.
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise StartError(f"another server is using the data directory {path}") from None
-
-    def announce(self, **facts: int | None) -> None:
-        """Writes server.json, where tests and tools find the ports and processes."""
-        target = self.path / "server.json"
-        temporary = target.with_suffix(".part")
-        temporary.write_text(json.dumps(facts) + "\n")
-        temporary.replace(target)
-
-    def close(self) -> None:
-        (self.path / "server.json").unlink(missing_ok=True)
-        os.close(self._lock)
 
 
 class Application:
@@ -183,6 +154,8 @@ class Application:
         """Pictures in work are finished, trainings are checkpointed; then the worker goes."""
         _log.info("draining: %d generations, %d trainings", self.generations.count, self._runs.count)
         await self._health.drain()
+        # Balancers need a moment to see it; until then calls still come, and are served.
+        await self._unless_hurried(asyncio.sleep(self._settings.notice_seconds), None)
         self.trainings.draining = True
         self.generations.drain_waiting()
         await self._unless_hurried(self.generations.idle.wait(), self._settings.drain_seconds)
@@ -197,7 +170,7 @@ class Application:
         self._log.drain()
         _log.info("drained")
 
-    async def _unless_hurried(self, condition: Coroutine[Any, Any, Any], seconds: float) -> None:
+    async def _unless_hurried(self, condition: Coroutine[Any, Any, Any], seconds: float | None) -> None:
         """Waits for `condition`, at most `seconds`, or until somebody asks a second time to leave."""
         tasks = (asyncio.create_task(condition), asyncio.create_task(self._hurry.wait()))
         await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -242,6 +215,7 @@ def address(host: str, port: int) -> str:
 
 async def run(settings: Settings, worker_argv: Sequence[str] = DEFAULT_ARGV) -> None:
     """One server from start to drain. Raises StartError."""
+    check(settings)
     application = Application(settings, worker_argv)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

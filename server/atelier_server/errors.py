@@ -47,6 +47,14 @@ class Violation:
     description: str
 
 
+class StartError(Exception):
+    """The server cannot start; each of `problems` is a line for people. No call ever sees it."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
 class AtelierError(Exception):
     """The root. `metadata` travels in google.rpc.ErrorInfo; keep it short and free of secrets."""
 

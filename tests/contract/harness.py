@@ -104,7 +104,7 @@ def picture(format: str = "PNG", size: tuple[int, int] = (16, 12), color: str = 
 
 def settings(data_dir: Path, **fields: object) -> Settings:
     values = {"port": 0, "metrics_port": -1, "data_dir": data_dir, "drain_seconds": 5.0, "limits": Limits()}
-    return Settings(_cli_parse_args=False, **{**values, **fields})
+    return Settings(**{**values, **fields})
 
 
 @asynccontextmanager

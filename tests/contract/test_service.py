@@ -16,8 +16,9 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from atelier.v1 import adapter_pb2, generation_pb2, server_pb2
-from atelier_server.app import Application, StartError
+from atelier_server.app import Application
 from atelier_server.core import SCHEDULERS
+from atelier_server.errors import StartError
 from tests.contract.harness import FAKE, Service, Start, import_requests, kinds, refused, running, settings
 
 SERVING = health_pb2.HealthCheckResponse.SERVING

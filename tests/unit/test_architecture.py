@@ -32,6 +32,8 @@ ROOMS: dict[str, set[str]] = {
     "messages": {"core"},
     "errors": {"core"},
     "config": {"core"},
+    "data_directory": {"errors"},
+    "preflight": {"config", "data_directory", "errors"},
     "metrics": {"core", *MESSAGES},
     "adapters": NOUNS,
     "diffusion": {*NOUNS, "pocket"},

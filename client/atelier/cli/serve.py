@@ -10,7 +10,7 @@ import typer
 
 from atelier.cli import output
 
-NEEDED = ("torch", "diffusers", "pydantic_settings", "sqlalchemy", "grpc_health", "atelier_server")
+NEEDED = ("torch", "diffusers", "pydantic", "sqlalchemy", "grpc_health", "atelier_server")
 
 
 def serve(context: typer.Context) -> None:

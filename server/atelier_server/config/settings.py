@@ -1,0 +1,166 @@
+"""What a server can be told. Nothing here looks at the environment: `reading` does."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+_FROZEN = ConfigDict(frozen=True, extra="forbid")
+_NOTICE_SECONDS = 5.0
+
+
+class Limits(BaseModel):
+    """What a single request may ask for, and how many may be under way; told by GetServerInfo.
+
+    Flags `--limits.*`, variables ATELIER_LIMIT_*, table [limits] of the file.
+    """
+
+    model_config = _FROZEN
+
+    max_num_images: int = Field(default=16, ge=1)
+    max_inference_steps: int = Field(default=200, ge=1)
+    max_width: int = Field(default=2048, ge=8)
+    max_height: int = Field(default=2048, ge=8)
+    max_adapters_per_image: int = Field(default=4, ge=1)
+    max_lora_rank: int = Field(default=64, ge=1, le=256)
+    max_prompt_characters: int = Field(default=10_000, ge=1)
+    max_train_steps: int = Field(default=20_000, ge=1)
+    max_train_images: int = Field(default=200, ge=1)
+    max_train_batch_size: int = Field(default=16, ge=1)
+    max_image_bytes: int = Field(default=32 * 2**20, ge=1)
+    max_image_pixels: int = Field(default=50_000_000, ge=64)
+    max_adapter_bytes: int = Field(default=2 * 2**30, ge=1)
+    max_queued_generations: int = Field(default=256, ge=1)
+    max_queued_trainings: int = Field(default=64, ge=1)
+
+
+class Quotas(BaseModel):
+    """What a tenant may have at once; nothing set means no bound.
+
+    For every tenant: flags `--quotas.*`, variables ATELIER_QUOTA_*, table [quotas] of the file. The tokens
+    file may say otherwise for one tenant.
+    """
+
+    model_config = _FROZEN
+
+    max_images: int | None = Field(default=None, ge=0, description="pictures waiting or being painted")
+    max_trainings: int | None = Field(default=None, ge=0, description="trainings that have not ended")
+    max_stored_bytes: int | None = Field(default=None, ge=0, description="adapters in the store")
+    max_train_steps_per_day: int | None = Field(default=None, ge=0, description="asked for in 24 hours")
+
+
+class Settings(BaseModel):
+    """One server. Every field is a flag of `atelier serve`, an ATELIER_* variable and a key of the file."""
+
+    model_config = _FROZEN
+
+    model: str = Field(default="pocket", min_length=1, description="hub id, folder, .safetensors, or pocket")
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 is all")
+    port: int = Field(default=50051, ge=0, le=65535, description="0 picks a free one")
+    metrics_port: int = Field(default=9090, ge=-1, le=65535, description="0 picks a free one, -1 is off")
+    health_port: int = Field(
+        default=-1,
+        ge=-1,
+        le=65535,
+        description="health without TLS, for probes; 0 picks a free one, -1 is off",
+    )
+    cert_file: Path | None = Field(default=None, description="TLS: the server's certificate chain, PEM")
+    key_file: Path | None = Field(default=None, description="TLS: the key of --cert-file, PEM")
+    client_ca_file: Path | None = Field(
+        default=None, description="mTLS: clients must have a certificate of this authority, PEM"
+    )
+    tokens_file: Path | None = Field(default=None, description="tenants' tokens; see `atelier token new`")
+    insecure: bool = Field(default=False, description="listen beyond loopback without TLS or without tokens")
+    reflection: bool = Field(default=True, description="answer gRPC server reflection")
+    data_dir: Path = Field(default=Path("data"), description="jobs, adapters, uploads")
+    slots: int = Field(default=16, ge=1, le=1024, description="adapters on the device")
+    threads: int = Field(default=0, ge=0, description="CPU threads of the worker; 0 = one a core")
+    drain_seconds: float = Field(default=30.0, ge=0, description="grace for running pictures on SIGTERM")
+    drain_notice_seconds: float | None = Field(
+        default=None,
+        ge=0,
+        description=f"listen so long after SIGTERM, not ready (default {_NOTICE_SECONDS:g}; on loopback 0)",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    limits: Limits = Field(default_factory=Limits)
+    quotas: Quotas = Field(default_factory=Quotas)
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        name, _, index = value.partition(":")
+        if value in ("auto", "cpu", "cuda") or (name == "cuda" and index.isdigit()):
+            return value
+        raise ValueError(f"{value!r} is none of auto, cpu, cuda, cuda:N")
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if conflicts := [*self._port_conflicts(), *self._security_conflicts(), *self._slot_conflicts()]:
+            raise ValueError("\n".join(conflicts))
+        return self
+
+    def _port_conflicts(self) -> list[str]:
+        ports = {"port": self.port, "metrics-port": self.metrics_port, "health-port": self.health_port}
+        taken: dict[int, str] = {}
+        conflicts = []
+        for name, port in ports.items():
+            if port > 0 and port in taken:
+                conflicts.append(f"--{name}: {port} is --{taken[port]} already; give each a port of its own")
+            taken.setdefault(port, name)
+        return conflicts
+
+    def _security_conflicts(self) -> list[str]:
+        conflicts = []
+        if (self.cert_file is None) != (self.key_file is None):
+            given, missing = ("cert", "key") if self.cert_file else ("key", "cert")
+            conflicts.append(f"--{missing}-file: is missing; --{given}-file goes only together with it")
+        if self.client_ca_file and not (self.cert_file and self.key_file):
+            conflicts.append("--client-ca-file: goes only with --cert-file and --key-file")
+        lacking = [
+            *([] if self.cert_file else ["TLS (--cert-file, --key-file)"]),
+            *(
+                []
+                if self.authenticates
+                else ["tokens (--tokens-file) or client certificates (--client-ca-file)"]
+            ),
+        ]
+        if lacking and not self.insecure and not is_loopback(self.host):
+            conflicts.append(
+                f"--host: {self.host} can be reached from other machines, without "
+                f"{' and without '.join(lacking)}; set these, or --insecure on a network that you trust"
+            )
+        return conflicts
+
+    def _slot_conflicts(self) -> list[str]:
+        most = self.limits.max_adapters_per_image
+        if self.slots >= most:
+            return []
+        return [
+            f"--slots: {self.slots} are too few for one picture with "
+            f"limits.max_adapters_per_image={most} adapters"
+        ]
+
+    @property
+    def authenticates(self) -> bool:
+        """Whether a call has to say whose it is."""
+        return self.tokens_file is not None or self.client_ca_file is not None
+
+    @property
+    def notice_seconds(self) -> float:
+        """How long the server goes on listening once it has said that it leaves."""
+        if self.drain_notice_seconds is not None:
+            return self.drain_notice_seconds
+        return 0.0 if is_loopback(self.host) else _NOTICE_SECONDS
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
