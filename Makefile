@@ -32,6 +32,7 @@ check: .venv tools
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/buf lint
+	$(BIN)/buf breaking --against protos/released.binpb
 	$(BIN)/python -m pytest -q tests/unit/test_protos_fresh.py
 
 # promtool and prometheus into tools/bin, without root.

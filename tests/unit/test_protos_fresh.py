@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,3 +37,17 @@ def test_stubs_are_fresh(tmp_path: Path) -> None:
 
 def test_contract_passes_buf_lint() -> None:
     assert _run(str(TOOLS / "buf"), "lint") == ""
+
+
+def test_contract_breaks_nobody_who_speaks_the_released_one() -> None:
+    assert _run(str(TOOLS / "buf"), "breaking", "--against", "protos/released.binpb") == ""
+
+
+def test_a_break_of_the_contract_is_seen(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "protos", tmp_path / "protos")
+    shutil.copy(ROOT / "buf.yaml", tmp_path)
+    proto = tmp_path / "protos" / "atelier" / "v1" / "server.proto"
+    proto.write_text(proto.read_text().replace("bool ready = 1;", "string ready = 1;"))
+    told = _run(str(TOOLS / "buf"), "breaking", str(tmp_path), "--against", "protos/released.binpb")
+    assert '"ready"' in told
+    assert "changed type" in told
