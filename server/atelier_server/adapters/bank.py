@@ -243,7 +243,7 @@ class SlotBank:
             layer = self.layers.get(name)
             if layer is None:
                 raise AdapterMismatch(f"the base model has no layer {name}", {"module": name})
-            if not isinstance(module, LoraModule) or module.magnitude is not None:
+            if not isinstance(module, LoraModule) or module.magnitude is not None or module.bias is not None:
                 raise AdapterMismatch(f"{name}: this kind of change is not supported yet", {"module": name})
             if fault := _shape_fault(module, layer, self.max_rank):
                 raise AdapterMismatch(f"the adapter's {name} {fault}", {"module": name})

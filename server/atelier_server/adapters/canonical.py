@@ -21,14 +21,16 @@ from torch import Tensor
 class LoraModule:
     """A low-rank change, W + alpha/r * B A: A [r,i] or [r,C,kh,kw], B [o,r] or [o,r,1,1].
 
-    With `magnitude` [o] it is DoRA (arXiv 2402.09353): m * (W + alpha/r * B A) / norm(W + alpha/r * B A), the
-    norm over all inputs of an output feature.
+    With `magnitude` it is DoRA (arXiv 2402.09353): V = W + alpha/r * B A becomes m * V / norm(V), with the
+    norms over all inputs of an output feature for m [o], over all outputs of an input feature for [1,i].
+    `bias` [o] is added to the layer's.
     """
 
     A: Tensor
     B: Tensor
     alpha: float
     magnitude: Tensor | None = None
+    bias: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -37,10 +39,14 @@ class LoraModule:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DenseModule:
-    """A full difference, W + weight and b + bias: of the layer's own shapes; also what changes a norm."""
+    """A full difference, W + weight and b + bias: of the layer's own shapes; also what changes a norm.
+
+    With `magnitude` W + weight is normed as in a LoraModule.
+    """
 
     weight: Tensor | None = None
     bias: Tensor | None = None
+    magnitude: Tensor | None = None
 
 
 Module = LoraModule | DenseModule
@@ -73,8 +79,8 @@ class CanonicalAdapter:
 
 def tensors_of(module: Module) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a module that are there, by the names of their fields."""
-    names = ("A", "B", "magnitude") if isinstance(module, LoraModule) else ("weight", "bias")
-    for name in names:
+    own = ("A", "B") if isinstance(module, LoraModule) else ("weight",)
+    for name in (*own, "bias", "magnitude"):
         tensor = getattr(module, name)
         if tensor is not None:
             yield name, tensor

@@ -5,8 +5,8 @@
     token.0.text_encoder                                         the first placeholder's vectors
 
 The header's one entry, `atelier`, is a JSON object: alphas by module, placeholders in order, triggers,
-source, family. Equal adapters give equal bytes. Files that earlier versions stored, LoRA of the U-Net in diffusers'
-layout, are read too.
+source, family. Equal adapters give equal bytes. Files that earlier versions stored, LoRA of the U-Net in
+diffusers' layout, are read too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from atelier_server.errors import UnsupportedFormat
 
 _KEY = "atelier"
 _LEGACY_KEY = "lora_adapter_metadata"
-_LORA_FIELDS = frozenset({"A", "B", "magnitude"})
 
 
 def write_stored(adapter: CanonicalAdapter, path: Path) -> None:
@@ -83,7 +82,7 @@ def _decode(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Canonic
     # In the order of names, which is the file's own only by its writer's grace.
     modules: dict[str, Module] = {
         name: LoraModule(alpha=alphas[name], **fields[name])
-        if fields[name].keys() <= _LORA_FIELDS
+        if "A" in fields[name]
         else DenseModule(**fields[name])
         for name in sorted(fields)
     }

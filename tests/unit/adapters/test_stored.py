@@ -43,6 +43,7 @@ def low_rank(draw: st.DrawFn) -> LoraModule:
         draw(tensors(rank, 4, *kernel)),
         draw(tensors(6, rank, *((1, 1) if kernel else ()))),
         draw(st.floats(-1e3, 1e3)),
+        draw(st.none() | tensors(6) | tensors(1, 4)),
         draw(st.none() | tensors(6)),
     )
 
@@ -50,7 +51,9 @@ def low_rank(draw: st.DrawFn) -> LoraModule:
 @st.composite
 def dense(draw: st.DrawFn) -> DenseModule:
     weight = draw(st.none() | tensors(6, 4))
-    return DenseModule(weight, draw(tensors(6) if weight is None else st.none() | tensors(6)))
+    if weight is None:
+        return DenseModule(None, draw(tensors(6)))
+    return DenseModule(weight, draw(st.none() | tensors(6)), draw(st.none() | tensors(6)))
 
 
 ADAPTERS = st.builds(
