@@ -119,6 +119,13 @@ class Receipt:
     negative_prompt: str
     seed: int
     num_images: int
+    guidance_rescale: float = 0.0
+    use_karras_sigmas: bool | None = None
+    use_exponential_sigmas: bool | None = None
+    use_beta_sigmas: bool | None = None
+    timestep_spacing: str | None = None
+    rescale_betas_zero_snr: bool | None = None
+    eta: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,15 @@ class GenerateFields(TypedDict, total=False):
     ]
     batch_bucket: Annotated[int, "rows of a strict forward: 2, 4, 8 or 16 (default: 8)"]
     image_format: Annotated[Literal["png", "jpeg", "webp"], "file format (default: png)"]
+    guidance_rescale: Annotated[float, "0 to 1: takes back contrast that strong guidance adds (default: 0)"]
+    use_karras_sigmas: Annotated[bool, "noise levels of Karras et al. (default: the base model's)"]
+    use_exponential_sigmas: Annotated[bool, "noise levels evenly spaced in their logarithm"]
+    use_beta_sigmas: Annotated[bool, "noise levels by a beta distribution"]
+    timestep_spacing: Annotated[
+        Literal["linspace", "leading", "trailing"], "which timesteps the steps take (default: the base's)"
+    ]
+    rescale_betas_zero_snr: Annotated[bool, "let the last timestep be pure noise (default: the base's)"]
+    eta: Annotated[float, "0 to 1: share of fresh noise in a step of ddim or tcd (default: 0)"]
 
 
 class RecipeFields(TypedDict, total=False):

@@ -6,7 +6,7 @@ Everything here is frozen, cheap to pickle, and free of torch, protobuf and gRPC
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 
 ADAPTER_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -104,6 +104,28 @@ class AdapterUse:
 
 
 # ------------------------------------------------------------------------------------------------- jobs
+TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
+SIGMA_KINDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOptions:
+    """Options of diffusers' scheduler classes, under their names. None: as the base model has it."""
+
+    use_karras_sigmas: bool | None = None
+    use_exponential_sigmas: bool | None = None
+    use_beta_sigmas: bool | None = None
+    timestep_spacing: str | None = None
+    rescale_betas_zero_snr: bool | None = None
+    eta: float | None = None
+
+    @property
+    def given(self) -> dict[str, bool | str | float]:
+        """Those that are set."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value for name, value in values if value is not None}
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationJob:
     """A validated request for pictures, with every default filled in.
@@ -127,6 +149,8 @@ class GenerationJob:
     bucket: int
     image_format: ImageFormat = ImageFormat.PNG
     alone: bool = False
+    guidance_rescale: float = 0.0
+    scheduler_options: SchedulerOptions = SchedulerOptions()
 
     @property
     def guided(self) -> bool:
@@ -195,7 +219,7 @@ class TrainingJob:
 # ---------------------------------------------------------------------------------------------- the base
 @dataclass(frozen=True, slots=True)
 class BaseInfo:
-    """The resident base model."""
+    """The resident base model. `scheduler_options`: of each scheduler, which `SchedulerOptions` it has."""
 
     reference: str
     family: str
@@ -211,3 +235,4 @@ class BaseInfo:
     dtype: str
     memory_total_bytes: int
     versions: tuple[tuple[str, str], ...]
+    scheduler_options: tuple[tuple[str, tuple[str, ...]], ...] = ()

@@ -43,6 +43,13 @@ class Receipt:
     dtype: str
     device: str
     versions: Mapping[str, str]
+    guidance_rescale: float = 0.0
+    use_karras_sigmas: bool | None = None
+    use_exponential_sigmas: bool | None = None
+    use_beta_sigmas: bool | None = None
+    timestep_spacing: str | None = None
+    rescale_betas_zero_snr: bool | None = None
+    eta: float | None = None
 
     def embedded(self) -> dict[str, object]:
         """As JSON takes it, without what is not set."""
@@ -78,4 +85,6 @@ def receipt(job: GenerationJob, base: BaseInfo, *, seed: int, num_images: int, b
         dtype=base.dtype,
         device=base.device,
         versions=dict(base.versions),
+        guidance_rescale=job.guidance_rescale,
+        **asdict(job.scheduler_options),
     )

@@ -109,6 +109,13 @@ class GenerateRequest(_message.Message):
     REPRODUCIBILITY_FIELD_NUMBER: _builtins.int
     BATCH_BUCKET_FIELD_NUMBER: _builtins.int
     IMAGE_FORMAT_FIELD_NUMBER: _builtins.int
+    GUIDANCE_RESCALE_FIELD_NUMBER: _builtins.int
+    USE_KARRAS_SIGMAS_FIELD_NUMBER: _builtins.int
+    USE_EXPONENTIAL_SIGMAS_FIELD_NUMBER: _builtins.int
+    USE_BETA_SIGMAS_FIELD_NUMBER: _builtins.int
+    TIMESTEP_SPACING_FIELD_NUMBER: _builtins.int
+    RESCALE_BETAS_ZERO_SNR_FIELD_NUMBER: _builtins.int
+    ETA_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """A UUID. The same id with the same body joins a running request, or gets its stored result for 15
     minutes after; empty means that the call is not repeatable.
@@ -135,6 +142,19 @@ class GenerateRequest(_message.Message):
     batch_bucket: _builtins.int
     """Rows of a strict forward: 2, 4, 8 (default) or 16. Only with REPRODUCIBILITY_STRICT."""
     image_format: Global___ImageFormat.ValueType
+    guidance_rescale: _builtins.float
+    """0 (default) to 1: how much of the contrast that strong guidance adds is taken back (arXiv 2305.08891)."""
+    use_karras_sigmas: _builtins.bool
+    """Options of diffusers' scheduler classes. Default: the base model's own. One that the class of
+    `scheduler` lacks is INVALID_ARGUMENT; at most one of the three kinds of sigmas.
+    """
+    use_exponential_sigmas: _builtins.bool
+    use_beta_sigmas: _builtins.bool
+    timestep_spacing: _builtins.str
+    """linspace, leading or trailing."""
+    rescale_betas_zero_snr: _builtins.bool
+    eta: _builtins.float
+    """0 (default) to 1: the share of fresh noise in a step of ddim or tcd."""
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterSelection]:
         """At most the server's `max_adapters_per_image`; their changes add up."""
@@ -156,13 +176,24 @@ class GenerateRequest(_message.Message):
         reproducibility: Global___Reproducibility.ValueType | None = ...,
         batch_bucket: _builtins.int | None = ...,
         image_format: Global___ImageFormat.ValueType | None = ...,
+        guidance_rescale: _builtins.float | None = ...,
+        use_karras_sigmas: _builtins.bool | None = ...,
+        use_exponential_sigmas: _builtins.bool | None = ...,
+        use_beta_sigmas: _builtins.bool | None = ...,
+        timestep_spacing: _builtins.str | None = ...,
+        rescale_betas_zero_snr: _builtins.bool | None = ...,
+        eta: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_bucket", b"_batch_bucket", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_format", b"_image_format", "_negative_prompt", b"_negative_prompt", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_reproducibility", b"_reproducibility", "_scheduler", b"_scheduler", "_seed", b"_seed", "_width", b"_width", "batch_bucket", b"batch_bucket", "guidance_scale", b"guidance_scale", "height", b"height", "image_format", b"image_format", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "reproducibility", b"reproducibility", "scheduler", b"scheduler", "seed", b"seed", "width", b"width"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_bucket", b"_batch_bucket", "_eta", b"_eta", "_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_format", b"_image_format", "_negative_prompt", b"_negative_prompt", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_reproducibility", b"_reproducibility", "_rescale_betas_zero_snr", b"_rescale_betas_zero_snr", "_scheduler", b"_scheduler", "_seed", b"_seed", "_timestep_spacing", b"_timestep_spacing", "_use_beta_sigmas", b"_use_beta_sigmas", "_use_exponential_sigmas", b"_use_exponential_sigmas", "_use_karras_sigmas", b"_use_karras_sigmas", "_width", b"_width", "batch_bucket", b"batch_bucket", "eta", b"eta", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "image_format", b"image_format", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "reproducibility", b"reproducibility", "rescale_betas_zero_snr", b"rescale_betas_zero_snr", "scheduler", b"scheduler", "seed", b"seed", "timestep_spacing", b"timestep_spacing", "use_beta_sigmas", b"use_beta_sigmas", "use_exponential_sigmas", b"use_exponential_sigmas", "use_karras_sigmas", b"use_karras_sigmas", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_bucket", b"_batch_bucket", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_format", b"_image_format", "_negative_prompt", b"_negative_prompt", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_reproducibility", b"_reproducibility", "_scheduler", b"_scheduler", "_seed", b"_seed", "_width", b"_width", "adapters", b"adapters", "batch_bucket", b"batch_bucket", "guidance_scale", b"guidance_scale", "height", b"height", "image_format", b"image_format", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "prompt", b"prompt", "reproducibility", b"reproducibility", "request_id", b"request_id", "scheduler", b"scheduler", "seed", b"seed", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_bucket", b"_batch_bucket", "_eta", b"_eta", "_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_format", b"_image_format", "_negative_prompt", b"_negative_prompt", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_reproducibility", b"_reproducibility", "_rescale_betas_zero_snr", b"_rescale_betas_zero_snr", "_scheduler", b"_scheduler", "_seed", b"_seed", "_timestep_spacing", b"_timestep_spacing", "_use_beta_sigmas", b"_use_beta_sigmas", "_use_exponential_sigmas", b"_use_exponential_sigmas", "_use_karras_sigmas", b"_use_karras_sigmas", "_width", b"_width", "adapters", b"adapters", "batch_bucket", b"batch_bucket", "eta", b"eta", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "image_format", b"image_format", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "prompt", b"prompt", "reproducibility", b"reproducibility", "request_id", b"request_id", "rescale_betas_zero_snr", b"rescale_betas_zero_snr", "scheduler", b"scheduler", "seed", b"seed", "timestep_spacing", b"timestep_spacing", "use_beta_sigmas", b"use_beta_sigmas", "use_exponential_sigmas", b"use_exponential_sigmas", "use_karras_sigmas", b"use_karras_sigmas", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_bucket: _TypeAlias = _typing.Literal["batch_bucket"]  # noqa: Y015
     _WhichOneofArgType__batch_bucket: _TypeAlias = _typing.Literal["_batch_bucket", b"_batch_bucket"]  # noqa: Y015
+    _WhichOneofReturnType__eta: _TypeAlias = _typing.Literal["eta"]  # noqa: Y015
+    _WhichOneofArgType__eta: _TypeAlias = _typing.Literal["_eta", b"_eta"]  # noqa: Y015
+    _WhichOneofReturnType__guidance_rescale: _TypeAlias = _typing.Literal["guidance_rescale"]  # noqa: Y015
+    _WhichOneofArgType__guidance_rescale: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale"]  # noqa: Y015
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
     _WhichOneofReturnType__height: _TypeAlias = _typing.Literal["height"]  # noqa: Y015
@@ -177,14 +208,28 @@ class GenerateRequest(_message.Message):
     _WhichOneofArgType__num_inference_steps: _TypeAlias = _typing.Literal["_num_inference_steps", b"_num_inference_steps"]  # noqa: Y015
     _WhichOneofReturnType__reproducibility: _TypeAlias = _typing.Literal["reproducibility"]  # noqa: Y015
     _WhichOneofArgType__reproducibility: _TypeAlias = _typing.Literal["_reproducibility", b"_reproducibility"]  # noqa: Y015
+    _WhichOneofReturnType__rescale_betas_zero_snr: _TypeAlias = _typing.Literal["rescale_betas_zero_snr"]  # noqa: Y015
+    _WhichOneofArgType__rescale_betas_zero_snr: _TypeAlias = _typing.Literal["_rescale_betas_zero_snr", b"_rescale_betas_zero_snr"]  # noqa: Y015
     _WhichOneofReturnType__scheduler: _TypeAlias = _typing.Literal["scheduler"]  # noqa: Y015
     _WhichOneofArgType__scheduler: _TypeAlias = _typing.Literal["_scheduler", b"_scheduler"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__timestep_spacing: _TypeAlias = _typing.Literal["timestep_spacing"]  # noqa: Y015
+    _WhichOneofArgType__timestep_spacing: _TypeAlias = _typing.Literal["_timestep_spacing", b"_timestep_spacing"]  # noqa: Y015
+    _WhichOneofReturnType__use_beta_sigmas: _TypeAlias = _typing.Literal["use_beta_sigmas"]  # noqa: Y015
+    _WhichOneofArgType__use_beta_sigmas: _TypeAlias = _typing.Literal["_use_beta_sigmas", b"_use_beta_sigmas"]  # noqa: Y015
+    _WhichOneofReturnType__use_exponential_sigmas: _TypeAlias = _typing.Literal["use_exponential_sigmas"]  # noqa: Y015
+    _WhichOneofArgType__use_exponential_sigmas: _TypeAlias = _typing.Literal["_use_exponential_sigmas", b"_use_exponential_sigmas"]  # noqa: Y015
+    _WhichOneofReturnType__use_karras_sigmas: _TypeAlias = _typing.Literal["use_karras_sigmas"]  # noqa: Y015
+    _WhichOneofArgType__use_karras_sigmas: _TypeAlias = _typing.Literal["_use_karras_sigmas", b"_use_karras_sigmas"]  # noqa: Y015
     _WhichOneofReturnType__width: _TypeAlias = _typing.Literal["width"]  # noqa: Y015
     _WhichOneofArgType__width: _TypeAlias = _typing.Literal["_width", b"_width"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_bucket) -> _WhichOneofReturnType__batch_bucket | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__eta) -> _WhichOneofReturnType__eta | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_rescale) -> _WhichOneofReturnType__guidance_rescale | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_scale) -> _WhichOneofReturnType__guidance_scale | None: ...
     @_typing.overload
@@ -200,9 +245,19 @@ class GenerateRequest(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__reproducibility) -> _WhichOneofReturnType__reproducibility | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rescale_betas_zero_snr) -> _WhichOneofReturnType__rescale_betas_zero_snr | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__scheduler) -> _WhichOneofReturnType__scheduler | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__timestep_spacing) -> _WhichOneofReturnType__timestep_spacing | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__use_beta_sigmas) -> _WhichOneofReturnType__use_beta_sigmas | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__use_exponential_sigmas) -> _WhichOneofReturnType__use_exponential_sigmas | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__use_karras_sigmas) -> _WhichOneofReturnType__use_karras_sigmas | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__width) -> _WhichOneofReturnType__width | None: ...
 
@@ -491,6 +546,13 @@ class Receipt(_message.Message):
     NEGATIVE_PROMPT_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     NUM_IMAGES_FIELD_NUMBER: _builtins.int
+    GUIDANCE_RESCALE_FIELD_NUMBER: _builtins.int
+    USE_KARRAS_SIGMAS_FIELD_NUMBER: _builtins.int
+    USE_EXPONENTIAL_SIGMAS_FIELD_NUMBER: _builtins.int
+    USE_BETA_SIGMAS_FIELD_NUMBER: _builtins.int
+    TIMESTEP_SPACING_FIELD_NUMBER: _builtins.int
+    RESCALE_BETAS_ZERO_SNR_FIELD_NUMBER: _builtins.int
+    ETA_FIELD_NUMBER: _builtins.int
     base_model: _builtins.str
     base_sha256: _builtins.str
     scheduler: _builtins.str
@@ -506,6 +568,14 @@ class Receipt(_message.Message):
     negative_prompt: _builtins.str
     seed: _builtins.int
     num_images: _builtins.int
+    guidance_rescale: _builtins.float
+    use_karras_sigmas: _builtins.bool
+    """Only those that the request had."""
+    use_exponential_sigmas: _builtins.bool
+    use_beta_sigmas: _builtins.bool
+    timestep_spacing: _builtins.str
+    rescale_betas_zero_snr: _builtins.bool
+    eta: _builtins.float
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Receipt.Adapter]: ...
     @_builtins.property
@@ -535,11 +605,41 @@ class Receipt(_message.Message):
         negative_prompt: _builtins.str = ...,
         seed: _builtins.int = ...,
         num_images: _builtins.int = ...,
+        guidance_rescale: _builtins.float = ...,
+        use_karras_sigmas: _builtins.bool | None = ...,
+        use_exponential_sigmas: _builtins.bool | None = ...,
+        use_beta_sigmas: _builtins.bool | None = ...,
+        timestep_spacing: _builtins.str | None = ...,
+        rescale_betas_zero_snr: _builtins.bool | None = ...,
+        eta: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_eta", b"_eta", "_rescale_betas_zero_snr", b"_rescale_betas_zero_snr", "_timestep_spacing", b"_timestep_spacing", "_use_beta_sigmas", b"_use_beta_sigmas", "_use_exponential_sigmas", b"_use_exponential_sigmas", "_use_karras_sigmas", b"_use_karras_sigmas", "create_time", b"create_time", "eta", b"eta", "rescale_betas_zero_snr", b"rescale_betas_zero_snr", "timestep_spacing", b"timestep_spacing", "use_beta_sigmas", b"use_beta_sigmas", "use_exponential_sigmas", b"use_exponential_sigmas", "use_karras_sigmas", b"use_karras_sigmas"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "base_model", b"base_model", "base_sha256", b"base_sha256", "batch_bucket", b"batch_bucket", "create_time", b"create_time", "device", b"device", "dtype", b"dtype", "guidance_scale", b"guidance_scale", "height", b"height", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "prompt", b"prompt", "reproducibility", b"reproducibility", "scheduler", b"scheduler", "seed", b"seed", "versions", b"versions", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eta", b"_eta", "_rescale_betas_zero_snr", b"_rescale_betas_zero_snr", "_timestep_spacing", b"_timestep_spacing", "_use_beta_sigmas", b"_use_beta_sigmas", "_use_exponential_sigmas", b"_use_exponential_sigmas", "_use_karras_sigmas", b"_use_karras_sigmas", "adapters", b"adapters", "base_model", b"base_model", "base_sha256", b"base_sha256", "batch_bucket", b"batch_bucket", "create_time", b"create_time", "device", b"device", "dtype", b"dtype", "eta", b"eta", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "prompt", b"prompt", "reproducibility", b"reproducibility", "rescale_betas_zero_snr", b"rescale_betas_zero_snr", "scheduler", b"scheduler", "seed", b"seed", "timestep_spacing", b"timestep_spacing", "use_beta_sigmas", b"use_beta_sigmas", "use_exponential_sigmas", b"use_exponential_sigmas", "use_karras_sigmas", b"use_karras_sigmas", "versions", b"versions", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__eta: _TypeAlias = _typing.Literal["eta"]  # noqa: Y015
+    _WhichOneofArgType__eta: _TypeAlias = _typing.Literal["_eta", b"_eta"]  # noqa: Y015
+    _WhichOneofReturnType__rescale_betas_zero_snr: _TypeAlias = _typing.Literal["rescale_betas_zero_snr"]  # noqa: Y015
+    _WhichOneofArgType__rescale_betas_zero_snr: _TypeAlias = _typing.Literal["_rescale_betas_zero_snr", b"_rescale_betas_zero_snr"]  # noqa: Y015
+    _WhichOneofReturnType__timestep_spacing: _TypeAlias = _typing.Literal["timestep_spacing"]  # noqa: Y015
+    _WhichOneofArgType__timestep_spacing: _TypeAlias = _typing.Literal["_timestep_spacing", b"_timestep_spacing"]  # noqa: Y015
+    _WhichOneofReturnType__use_beta_sigmas: _TypeAlias = _typing.Literal["use_beta_sigmas"]  # noqa: Y015
+    _WhichOneofArgType__use_beta_sigmas: _TypeAlias = _typing.Literal["_use_beta_sigmas", b"_use_beta_sigmas"]  # noqa: Y015
+    _WhichOneofReturnType__use_exponential_sigmas: _TypeAlias = _typing.Literal["use_exponential_sigmas"]  # noqa: Y015
+    _WhichOneofArgType__use_exponential_sigmas: _TypeAlias = _typing.Literal["_use_exponential_sigmas", b"_use_exponential_sigmas"]  # noqa: Y015
+    _WhichOneofReturnType__use_karras_sigmas: _TypeAlias = _typing.Literal["use_karras_sigmas"]  # noqa: Y015
+    _WhichOneofArgType__use_karras_sigmas: _TypeAlias = _typing.Literal["_use_karras_sigmas", b"_use_karras_sigmas"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__eta) -> _WhichOneofReturnType__eta | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rescale_betas_zero_snr) -> _WhichOneofReturnType__rescale_betas_zero_snr | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__timestep_spacing) -> _WhichOneofReturnType__timestep_spacing | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__use_beta_sigmas) -> _WhichOneofReturnType__use_beta_sigmas | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__use_exponential_sigmas) -> _WhichOneofReturnType__use_exponential_sigmas | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__use_karras_sigmas) -> _WhichOneofReturnType__use_karras_sigmas | None: ...
 
 Global___Receipt: _TypeAlias = Receipt  # noqa: Y015

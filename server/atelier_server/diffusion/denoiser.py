@@ -9,10 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
-from atelier_server.diffusion.schedulers import Trajectory
+from atelier_server.diffusion.trajectory import Trajectory
 
 
 @dataclass(slots=True)
@@ -23,6 +24,7 @@ class Picture:
     prompt: Tensor  # [tokens, dim]
     negative: Tensor | None  # [tokens, dim]
     guidance_scale: float
+    guidance_rescale: float = 0.0
 
     @property
     def rows(self) -> int:
@@ -68,7 +70,7 @@ class Denoiser:
         prediction = self.predict(torch.cat(latents), torch.stack(timesteps).to(device), torch.stack(prompts))
         row = 0
         for picture in pictures:
-            picture.trajectory.advance(_guided(prediction[row : row + picture.rows], picture.guidance_scale))
+            picture.trajectory.advance(_guided(prediction[row : row + picture.rows], picture))
             row += picture.rows
 
     def loss(
@@ -104,9 +106,15 @@ class Denoiser:
         raise ValueError(f"prediction_type {self.prediction_type!r} is none of epsilon, v_prediction, sample")
 
 
-def _guided(prediction: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance (arXiv 2207.12598) over rows [negative, prompt], or the only row as it is."""
+def _guided(prediction: Tensor, picture: Picture) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598) over rows [negative, prompt], or the only row as it is.
+
+    `guidance_rescale` brings the contrast back towards the prompt's own (arXiv 2305.08891, section 3.4).
+    """
     if prediction.shape[0] == 1:
         return prediction
     negative, prompt = prediction.chunk(2)
-    return negative + scale * (prompt - negative)
+    guided = negative + picture.guidance_scale * (prompt - negative)
+    if picture.guidance_rescale:
+        guided = rescale_noise_cfg(guided, prompt, guidance_rescale=picture.guidance_rescale)
+    return guided

@@ -1,21 +1,17 @@
-"""diffusers' schedulers under the contract's names. None is written here.
-
-One object a picture: `step()` keeps its state on the object and takes one timestep for all rows.
-"""
+"""diffusers' schedulers under the contract's names, with their options. None is written here."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
 import diffusers
-import torch
-from torch import Tensor
 
-from atelier_server.errors import InvalidRequest, Violation
+from atelier_server.core import SIGMA_KINDS, SchedulerOptions
 
+_PLAIN = SchedulerOptions()
 # Name -> diffusers class and what is set on top of the base's scheduler config.
 _REGISTRY: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -38,10 +34,29 @@ _REGISTRY: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
-    """A fresh scheduler object, built with `from_config` of the base's scheduler config."""
+def make_scheduler(name: str, config: Mapping[str, Any], options: SchedulerOptions = _PLAIN) -> Any:
+    """A fresh scheduler object, built with `from_config` of the base's scheduler config.
+
+    `options` must be among those that the class has (`options_of`); eta is not the object's but `step`'s.
+    """
     class_name, overrides = _REGISTRY[name]
-    return getattr(diffusers, class_name).from_config(dict(config), **overrides)
+    chosen = {key: value for key, value in options.given.items() if key != "eta"}
+    if any(chosen.get(kind) for kind in SIGMA_KINDS):
+        # The classes take one kind at a time: the user's, whatever the base has.
+        chosen = {kind: False for kind in SIGMA_KINDS if kind in options_of(name)} | chosen
+    return getattr(diffusers, class_name).from_config(dict(config), **{**overrides, **chosen})
+
+
+def options_of(name: str) -> tuple[str, ...]:
+    """Which `SchedulerOptions` the class of a scheduler has."""
+    kind = getattr(diffusers, _REGISTRY[name][0])
+    accepted = {*inspect.signature(kind.__init__).parameters, *inspect.signature(kind.step).parameters}
+    return tuple(field.name for field in fields(SchedulerOptions) if field.name in accepted)
+
+
+def all_options() -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(scheduler, its options) for every scheduler of the contract."""
+    return ((name, options_of(name)) for name in _REGISTRY)
 
 
 def default_scheduler(config: Mapping[str, Any]) -> str:
@@ -50,72 +65,3 @@ def default_scheduler(config: Mapping[str, Any]) -> str:
         if class_name == config.get("_class_name") and not overrides:
             return name
     return "ddim"
-
-
-@dataclass(slots=True)
-class Trajectory:
-    """One picture's way from noise to latents: its scheduler, its generator, its latents [1, C, h, w].
-
-    The noise is one CPU draw a picture, so it depends on nothing but the seed and the shape.
-    """
-
-    scheduler: Any
-    generator: torch.Generator
-    latents: Tensor
-    timesteps: list[Tensor]
-    step_options: dict[str, Any]
-    index: int = 0
-
-    @classmethod
-    def begin(
-        cls,
-        name: str,
-        config: Mapping[str, Any],
-        *,
-        num_inference_steps: int,
-        seed: int,
-        shape: tuple[int, int, int],
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> Trajectory:
-        scheduler = make_scheduler(name, config)
-        # Timesteps stay on the CPU: index look-ups in `step()` would synchronise the device otherwise.
-        try:
-            scheduler.set_timesteps(num_inference_steps)
-        except ValueError as error:
-            # pndm cannot do with one or two, lcm and tcd not with more than they were distilled for.
-            raise InvalidRequest.of(
-                [Violation("num_inference_steps", f"{num_inference_steps} do not suit {name}: {error}")]
-            ) from error
-        generator = torch.Generator("cpu").manual_seed(seed)
-        noise = torch.randn((1, *shape), generator=generator, dtype=dtype).to(device)
-        accepted = inspect.signature(scheduler.step).parameters
-        # What diffusers' pipelines pass by default: eta 0 (DDIM's and TCD's noise share) and the generator.
-        defaults = {"eta": 0.0, "generator": generator}
-        options = {key: value for key, value in defaults.items() if key in accepted}
-        return cls(
-            scheduler=scheduler,
-            generator=generator,
-            latents=noise * scheduler.init_noise_sigma,
-            timesteps=list(scheduler.timesteps),
-            step_options=options,
-        )
-
-    @property
-    def finished(self) -> bool:
-        return self.index >= len(self.timesteps)
-
-    @property
-    def timestep(self) -> Tensor:
-        return self.timesteps[self.index]
-
-    def model_input(self) -> Tensor:
-        """[1, C, h, w], scaled as the scheduler wants the U-Net to see it."""
-        return self.scheduler.scale_model_input(self.latents, self.timestep)  # type: ignore[no-any-return]
-
-    def advance(self, prediction: Tensor) -> None:
-        """One scheduler step with the U-Net's (guided) prediction [1, C, h, w]."""
-        self.latents = self.scheduler.step(
-            prediction, self.timestep, self.latents, **self.step_options, return_dict=False
-        )[0]
-        self.index += 1

@@ -11,7 +11,7 @@ import torch
 
 from atelier_server.core import BaseInfo
 from atelier_server.diffusion.base import BaseModel
-from atelier_server.diffusion.schedulers import default_scheduler
+from atelier_server.diffusion.schedulers import all_options, default_scheduler
 from atelier_server.engine.runner import Memory
 
 _PACKAGES = ("atelier", "torch", "diffusers", "transformers", "peft")
@@ -34,6 +34,7 @@ def describe(base: BaseModel, prediction_type: str) -> BaseInfo:
         dtype=str(base.dtype).removeprefix("torch."),
         memory_total_bytes=_total_memory(base.device),
         versions=tuple((package, importlib.metadata.version(package)) for package in _PACKAGES),
+        scheduler_options=tuple(all_options()),
     )
 
 

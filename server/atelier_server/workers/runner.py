@@ -27,7 +27,7 @@ from atelier_server.core import AdapterUse, BaseInfo, CheckpointId, TrainingJob
 from atelier_server.diffusion.base import load_base
 from atelier_server.diffusion.denoiser import Denoiser, Picture
 from atelier_server.diffusion.images import encode_picture
-from atelier_server.diffusion.schedulers import Trajectory
+from atelier_server.diffusion.trajectory import Trajectory
 from atelier_server.engine.runner import Decoded, Memory, Published, StepReport
 from atelier_server.engine.scheduler import ImageTask
 from atelier_server.errors import AdapterNotFound, DataLoss, NonfiniteImage, UnsupportedFormat
@@ -70,6 +70,7 @@ class TorchRunner:
         trajectory = Trajectory.begin(
             job.scheduler,
             self.base.scheduler_config,
+            options=job.scheduler_options,
             num_inference_steps=job.num_inference_steps,
             seed=task.seed,
             shape=self.base.latent_shape(job.width, job.height),
@@ -81,6 +82,7 @@ class TorchRunner:
             prompt=self._prompt(job.prompt),
             negative=self._prompt(job.negative_prompt) if job.guided else None,
             guidance_scale=job.guidance_scale,
+            guidance_rescale=job.guidance_rescale,
         )
 
     def steps(self, task: ImageTask) -> int:

@@ -10,10 +10,11 @@ from diffusers import StableDiffusionPipeline
 from diffusers.training_utils import compute_snr
 
 from atelier_server import pocket
-from atelier_server.core import ROW_BUCKETS, SCHEDULERS
+from atelier_server.core import ROW_BUCKETS, SCHEDULERS, SchedulerOptions
 from atelier_server.diffusion.base import BaseModel, load_base
 from atelier_server.diffusion.denoiser import Denoiser, Picture
-from atelier_server.diffusion.schedulers import _REGISTRY, Trajectory, default_scheduler
+from atelier_server.diffusion.schedulers import _REGISTRY, default_scheduler
+from atelier_server.diffusion.trajectory import Trajectory
 from atelier_server.errors import InvalidRequest
 
 PROMPT = "a red octopus on a beach"
@@ -31,11 +32,19 @@ def pipeline() -> StableDiffusionPipeline:
     return pipe
 
 
-def picture(base: BaseModel, *, scheduler: str, steps: int = 4, seed: int = 3, scale: float = 5.0) -> Picture:
+def picture(
+    base: BaseModel,
+    *,
+    scheduler: str,
+    steps: int = 4,
+    seed: int = 3,
+    scale: float = 5.0,
+) -> Picture:
     return Picture(
         trajectory=Trajectory.begin(
             scheduler,
             base.scheduler_config,
+            options=SchedulerOptions(),
             num_inference_steps=steps,
             seed=seed,
             shape=base.latent_shape(base.native_width, base.native_height),

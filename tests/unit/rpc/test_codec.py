@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -48,6 +49,13 @@ requests = message(
     reproducibility=st.integers(0, 5),
     batch_bucket=ints,
     image_format=st.integers(0, 5),
+    guidance_rescale=floats,
+    use_karras_sigmas=st.booleans(),
+    use_exponential_sigmas=st.booleans(),
+    use_beta_sigmas=st.booleans(),
+    timestep_spacing=st.one_of(texts, st.sampled_from(["leading", "trailing"])),
+    rescale_betas_zero_snr=st.booleans(),
+    eta=floats,
 )
 recipes = message(
     training_pb2.TrainingRecipe,
@@ -119,6 +127,25 @@ def test_defaults_are_the_contract() -> None:
     recipe = training_pb2.TrainingRecipe(name="otto", instance_prompt="x", num_images=1, rank=4)
     draft = decode_start(training_pb2.TrainRequest.Start(recipe=recipe), LIMITS, BASE)
     assert (draft.recipe.lora_alpha, draft.recipe.resolution, draft.recipe.max_train_steps) == (4.0, 48, 500)
+
+
+def test_an_option_that_a_scheduler_lacks_is_named_with_those_that_have_it() -> None:
+    base = replace(BASE, scheduler_options=(("pndm", ("timestep_spacing",)), ("ddim", ("eta",))))
+    request = generation_pb2.GenerateRequest(eta=0.5, timestep_spacing="odd", use_karras_sigmas=True)
+    with pytest.raises(InvalidRequest) as refused:
+        decode_generate(request, LIMITS, base)
+    told = {violation.field: violation.description for violation in refused.value.violations}
+    assert told["eta"] == "scheduler pndm has no eta; those that have it: ddim"
+    assert told["timestep_spacing"] == "'odd' is none of linspace, leading, trailing"
+    assert "pndm has no use_karras_sigmas" in told["use_karras_sigmas"]
+    request = generation_pb2.GenerateRequest(scheduler="ddim", eta=0.5)
+    assert decode_generate(request, LIMITS, base).job.scheduler_options.given == {"eta": 0.5}
+
+
+def test_one_kind_of_sigmas_at_a_time() -> None:
+    request = generation_pb2.GenerateRequest(use_karras_sigmas=True, use_beta_sigmas=True)
+    with pytest.raises(InvalidRequest, match="use_beta_sigmas: only one kind of sigmas at a time"):
+        decode_generate(request, LIMITS, BASE)
 
 
 def test_zero_is_not_unset() -> None:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import secrets
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from atelier.v1 import generation_pb2 as pb
 from atelier_server.config import Limits
 from atelier_server.core import (
     ROW_BUCKETS,
     SCHEDULERS,
+    SIGMA_KINDS,
+    TIMESTEP_SPACINGS,
     AdapterRef,
     BaseInfo,
     GenerationJob,
     ImageFormat,
     Mode,
+    SchedulerOptions,
 )
 from atelier_server.rpc.codec.checks import Checks
 
@@ -66,6 +69,7 @@ def decode_generate(request: pb.GenerateRequest, limits: Limits, base: BaseInfo)
     seed = request.seed if request.HasField("seed") else secrets.randbelow(2**32)
     if seed + max(num_images, 1) - 1 >= 2**64:
         checks.refuse("seed", f"{seed} + num_images - 1 does not fit into 64 bits")
+    scheduler = request.scheduler if request.HasField("scheduler") else base.default_scheduler
     job = GenerationJob(
         id=uuid.uuid4().hex,
         prompt=checks.text("prompt", request.prompt, limits.max_prompt_characters),
@@ -75,9 +79,9 @@ def decode_generate(request: pb.GenerateRequest, limits: Limits, base: BaseInfo)
         num_images=checks.integer("num_images", num_images, 1, limits.max_num_images),
         num_inference_steps=checks.integer("num_inference_steps", steps, 1, limits.max_inference_steps),
         guidance_scale=checks.number("guidance_scale", guidance, 0.0, _MAX_GUIDANCE),
-        scheduler=checks.choice("scheduler", request.scheduler, SCHEDULERS)
-        if request.HasField("scheduler")
-        else base.default_scheduler,
+        guidance_rescale=checks.number("guidance_rescale", request.guidance_rescale, 0.0, 1.0),
+        scheduler=checks.choice("scheduler", scheduler, SCHEDULERS),
+        scheduler_options=_scheduler_options(checks, request, scheduler, base),
         width=checks.size("width", request.width, limits.max_width)
         if request.HasField("width")
         else base.native_width,
@@ -103,6 +107,25 @@ def _reproducibility(checks: Checks, request: pb.GenerateRequest) -> tuple[Mode,
     if request.batch_bucket not in ROW_BUCKETS:
         checks.refuse("batch_bucket", f"{request.batch_bucket} is none of {', '.join(map(str, ROW_BUCKETS))}")
     return mode, request.batch_bucket
+
+
+def _scheduler_options(
+    checks: Checks, request: pb.GenerateRequest, scheduler: str, base: BaseInfo
+) -> SchedulerOptions:
+    names = {field.name for field in fields(SchedulerOptions)}
+    options = SchedulerOptions(**{f.name: value for f, value in request.ListFields() if f.name in names})
+    known = dict(base.scheduler_options)
+    for name in options.given:
+        if scheduler in known and name not in known[scheduler]:
+            others = ", ".join(other for other, has in known.items() if name in has)
+            checks.refuse(name, f"scheduler {scheduler} has no {name}; those that have it: {others}")
+    if len(chosen := [kind for kind in SIGMA_KINDS if options.given.get(kind)]) > 1:
+        checks.refuse(chosen[1], f"only one kind of sigmas at a time; {chosen[0]} is set as well")
+    if options.timestep_spacing is not None:
+        checks.choice("timestep_spacing", options.timestep_spacing, TIMESTEP_SPACINGS)
+    if options.eta is not None:
+        checks.number("eta", options.eta, 0.0, 1.0)
+    return options
 
 
 def _body_hash(request: pb.GenerateRequest) -> str:
