@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from atelier_server.core import AdapterUse, CheckpointId, GenerationJob, Mode, Recipe, TrainingJob
 from atelier_server.engine.runner import Decoded, Memory, Published, StepReport
 from atelier_server.engine.scheduler import ImageTask
-from atelier_server.errors import AdapterNotFound
+from atelier_server.errors import AdapterNotFound, OutOfMemory
 
 
 def use(name: str, step: int = 100, weight: float = 1.0) -> AdapterUse:
@@ -61,6 +61,7 @@ class FakeRunner:
         self.missing: set[str] = set()
         self.broken: dict[int, Exception] = {}
         self.denoise_error: Exception | None = None
+        self.memory_rows = 16  # rows that a forward has memory for
 
     def open(self, task: ImageTask) -> None:
         self.progress[task.arrival] = 0
@@ -74,6 +75,8 @@ class FakeRunner:
         if self.denoise_error:
             error, self.denoise_error = self.denoise_error, None
             raise error
+        if bucket > self.memory_rows:
+            raise MemoryError
         assert sum(task.rows for task in tasks) <= bucket
         for task in tasks:
             assert all(self.slots[slots[c]] == c for c in task.checkpoints)
@@ -107,11 +110,8 @@ class FakeRunner:
     def export_adapter(self, use: AdapterUse, layout: str, path: str) -> tuple[int, str]:
         return len(path), layout
 
-    def is_out_of_memory(self, error: Exception) -> bool:
-        return isinstance(error, MemoryError)
-
-    def release_memory(self) -> None:
-        self.log.append(("release", None))
+    def out_of_memory(self, error: Exception) -> OutOfMemory | None:
+        return OutOfMemory("too little", {"free_bytes": "1"}) if isinstance(error, MemoryError) else None
 
     def memory(self) -> Memory:
         return Memory(0, 0, 0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 
 ADAPTER_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 ROW_BUCKETS = (2, 4, 8, 16)
@@ -52,6 +52,14 @@ class Mode(StrEnum):
 
     FAST = "fast"
     STRICT = "strict"
+
+
+class Priority(IntEnum):
+    """How much of the device a generation gets beside others: each step up counts four times as much."""
+
+    LOW = 1
+    NORMAL = 2
+    HIGH = 3
 
 
 class ImageFormat(StrEnum):
@@ -151,6 +159,9 @@ class GenerationJob:
     alone: bool = False
     guidance_rescale: float = 0.0
     scheduler_options: SchedulerOptions = SchedulerOptions()
+    # Whose it is, where several share the device; and how it counts among them.
+    client: str = ""
+    priority: Priority = Priority.NORMAL
 
     @property
     def guided(self) -> bool:

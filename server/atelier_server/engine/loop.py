@@ -16,7 +16,7 @@ from atelier_server.engine.residency import Residency
 from atelier_server.engine.runner import Decoded, Runner
 from atelier_server.engine.scheduler import DenoiseBatch, ImageTask, Scheduler, TrainStep
 from atelier_server.engine.trainings import SampleDefaults, Trainings
-from atelier_server.errors import AtelierError
+from atelier_server.errors import AtelierError, OutOfMemory
 from atelier_server.messages import (
     AdapterExported,
     AdapterImported,
@@ -199,7 +199,7 @@ class Loop:
             try:
                 self._runner.open(task)
             except Exception as error:
-                self._fail(task.job.id, error)
+                self._fail(task.job.id, self._out_of_memory(error, "generate") or error)
                 return False
             task.started = True
             self.generations.opened(task, self._runner.steps(task), monotonic() - before)
@@ -207,19 +207,35 @@ class Loop:
         return True
 
     def _batch_failed(self, batch: DenoiseBatch, error: Exception) -> None:
-        """A step that failed fails the requests in it, and nothing else."""
-        if self._runner.is_out_of_memory(error):
-            self._send(Sample("out_of_memory_total", 1.0, ("generate",)))
-            self._runner.release_memory()
-        for job_id in {task.job.id for task in batch.tasks}:
+        """A step that failed fails the requests in it, and nothing else.
+
+        Out of memory is nobody's fault while the forward can be made smaller: its pictures stand where they
+        stood, and are scheduled anew. Where it cannot, those that need the whole forward fail.
+        """
+        failing = {task.job.id for task in batch.tasks}
+        if (memory := self._out_of_memory(error, "generate")) is not None:
+            error = memory
+            if self.scheduler.shrink(batch):
+                return
+            if strict := {task.job.id for task in batch.tasks if task.job.bucket}:
+                failing = strict
+        for job_id in failing:
             self._fail(job_id, error)
+
+    def _out_of_memory(self, error: Exception, phase: str) -> OutOfMemory | None:
+        """What to tell users if that was the error; what torch had cached is free again."""
+        memory = self._runner.out_of_memory(error)
+        if memory is not None:
+            _log.warning("out of memory (%s): %s", phase, memory.message)
+            self._send(Sample("out_of_memory_total", 1.0, (phase,)))
+        return memory
 
     def _decoded(self, task: ImageTask, picture: Decoded) -> None:
         self._runner.close(task)
         if task.job.id not in self.generations.live:
             return  # cancelled or failed meanwhile
         if picture.error is not None:
-            self._fail(task.job.id, picture.error)
+            self._fail(task.job.id, self._out_of_memory(picture.error, "generate") or picture.error)
         elif self.generations.decoded(task, picture):
             self.generations.end(task.job.id)
             if self.trainings.owns(task.job.id):
@@ -251,8 +267,6 @@ class Loop:
     def _failure(self, job_id: str, error: Exception) -> JobFailed:
         if isinstance(error, AtelierError):
             return JobFailed(job_id, error.reason, error.message, tuple(error.metadata.items()))
-        if self._runner.is_out_of_memory(error):
-            return JobFailed(job_id, "OUT_OF_MEMORY", "the device has too little memory for this")
         _log.error("job %s failed", job_id, exc_info=error)
         return JobFailed(job_id, "INTERNAL", "an internal error; the server's log has the details")
 
@@ -279,10 +293,8 @@ class Loop:
         try:
             self.trainings.advance(training_id)
         except Exception as error:
-            if self._runner.is_out_of_memory(error):
-                self._send(Sample("out_of_memory_total", 1.0, ("train",)))
-                self._runner.release_memory()
-            self.trainings.fail(training_id, self._failure(training_id, error))
+            memory = self._out_of_memory(error, "train")
+            self.trainings.fail(training_id, self._failure(training_id, memory or error))
 
     # ------------------------------------------------------------------------------------- cancel and drain
     def _cancel(self, job_id: str) -> None:

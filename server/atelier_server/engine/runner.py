@@ -8,6 +8,7 @@ from typing import Protocol
 
 from atelier_server.core import AdapterUse, CheckpointId, TrainingJob
 from atelier_server.engine.scheduler import ImageTask
+from atelier_server.errors import OutOfMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +103,7 @@ class Runner(Protocol):
     def export_adapter(self, use: AdapterUse, layout: str, path: str) -> tuple[int, str]:
         """Writes a checkpoint in a layout: size in bytes and sha256."""
 
-    def is_out_of_memory(self, error: Exception) -> bool: ...
-
-    def release_memory(self) -> None:
-        """Gives cached device memory back after an out-of-memory."""
+    def out_of_memory(self, error: Exception) -> OutOfMemory | None:
+        """What an out-of-memory tells users, once cached memory has been given back; None for other errors."""
 
     def memory(self) -> Memory: ...

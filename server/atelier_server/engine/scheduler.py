@@ -1,16 +1,23 @@
 """Which step runs next: one denoise step of a batch of pictures, or one micro-step of a training.
 
-Pure bookkeeping over arrival order, shapes, buckets and slots. Knows no torch and no clock.
+Pure bookkeeping over arrival order, shapes, buckets, slots and shares. Knows no torch and no clock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 from itertools import count
 
-from atelier_server.core import ROW_BUCKETS, CheckpointId, GenerationJob
+from atelier_server.core import ROW_BUCKETS, CheckpointId, GenerationJob, Priority
 from atelier_server.engine.residency import Residency
+from atelier_server.engine.shares import Shares
+
+# A step of a job of twice the weight counts half.
+_WEIGHTS = {Priority.LOW: 1, Priority.NORMAL: 4, Priority.HIGH: 16}
+_HEAVIEST = max(_WEIGHTS.values())
 
 
 @dataclass(slots=True, eq=False)
@@ -52,21 +59,30 @@ class TrainStep:
 # Rows of a lane share a forward's shape: width, height, the exact bucket (0 = fast), and the job's id
 # where it wants to be alone.
 Lane = tuple[int, int, int, str]
+# Those who share the rows of a forward: a client with what it asked for at one priority.
+Flow = tuple[str, Priority]
 
 
 class Scheduler:
-    """Lanes take turns; within a lane the oldest pictures run until they are finished.
+    """Lanes share the device by what their forwards cost, clients share the rows of a lane's forward; both
+    by priority. What one client asked for at one priority runs in the order of arrival.
 
     While someone waits for a picture, at most one training micro-step comes between two denoise steps.
+    `row_limit` tells how many rows of a width and a height fit the memory.
     """
 
-    def __init__(self, residency: Residency) -> None:
+    def __init__(
+        self, residency: Residency, row_limit: Callable[[int, int], int] = lambda _width, _height: ROW_BUCKETS[-1]
+    ) -> None:
         self._residency = residency
+        self._row_limit = row_limit
         self._tasks: list[ImageTask] = []
         self._trainings: list[str] = []
         self._arrivals = count()
-        self._turns = count(1)
-        self._last_turn: dict[Lane, int] = {}
+        self._lanes: Shares[Lane] = Shares()
+        self._flows: Shares[Flow] = Shares()
+        # Buckets that ran out of memory, by width and height, while pictures of that size are there.
+        self._too_large: dict[tuple[int, int], int] = {}
         self._train_next = False
 
     # ------------------------------------------------------------------------------------ what there is
@@ -96,13 +112,28 @@ class Scheduler:
             for i in range(job.num_images)
         ]
         self._tasks.extend(tasks)
+        self._recount()
         return tasks
 
     def remove(self, tasks: Iterable[ImageTask]) -> None:
         gone = {id(task) for task in tasks}
         self._tasks = [task for task in self._tasks if id(task) not in gone]
-        lanes = {_lane(task) for task in self._tasks}
-        self._last_turn = {lane: turn for lane, turn in self._last_turn.items() if lane in lanes}
+        self._recount()
+
+    def _recount(self) -> None:
+        self._lanes.present(_lane(task) for task in self._tasks)
+        self._flows.present(_flow(task) for task in self._tasks)
+        sizes = {(task.job.width, task.job.height) for task in self._tasks}
+        self._too_large = {size: bucket for size, bucket in self._too_large.items() if size in sizes}
+
+    def shrink(self, batch: DenoiseBatch) -> bool:
+        """The batch ran out of memory. True if its pictures can be tried again in a smaller forward; False
+        where it was the smallest that they can run in (a strict picture runs in no other bucket than its own).
+        """
+        if batch.bucket == ROW_BUCKETS[0] or any(task.job.bucket for task in batch.tasks):
+            return False
+        self._too_large[batch.tasks[0].job.width, batch.tasks[0].job.height] = batch.bucket
+        return True
 
     def submit_training(self, training_id: str) -> None:
         self._trainings.append(training_id)
@@ -122,37 +153,83 @@ class Scheduler:
         if not self._tasks:
             return None
         self._train_next = True
-        lane = min({_lane(t): t.arrival for t in reversed(self._tasks)}.items(), key=self._turn)[0]
-        self._last_turn[lane] = next(self._turns)
-        return self._batch(lane)
-
-    def _turn(self, lane_and_arrival: tuple[Lane, int]) -> tuple[int, int]:
-        lane, arrival = lane_and_arrival
-        return self._last_turn.get(lane, 0), arrival
+        oldest = {_lane(task): task.arrival for task in reversed(self._tasks)}
+        return self._batch(min(oldest, key=lambda lane: (self._lanes[lane], oldest[lane])))
 
     def _batch(self, lane: Lane) -> DenoiseBatch:
-        """The oldest pictures of the lane that fit the rows and the slots.
+        """Pictures of the lane that fit the rows and the slots, from whoever has had least.
 
         A strict forward has its rows anyway: pictures of the fast lane of the same size fill those left
         over (a strict row's bits do not depend on its neighbours).
         """
         width, height, exact, alone = lane
-        capacity = exact or ROW_BUCKETS[-1]
-        lanes = (lane,) if alone or not exact else (lane, (width, height, 0, ""))
-        chosen: list[ImageTask] = []
-        checkpoints: frozenset[CheckpointId] = frozenset()
-        rows = 0
-        for source in lanes:
-            for task in self._tasks:
-                if _lane(task) != source or rows + task.rows > capacity:
-                    continue
-                if self._residency.can_admit(checkpoints | task.checkpoints):
-                    chosen.append(task)
-                    checkpoints |= task.checkpoints
-                    rows += task.rows
-        return DenoiseBatch(tuple(chosen), exact or next(b for b in ROW_BUCKETS if b >= rows))
+        chosen = _Rows(self._residency, exact or self._capacity(width, height))
+        self._fill(chosen, lane)
+        if exact and not alone:
+            self._fill(chosen, (width, height, 0, ""))
+        bucket = exact or next(b for b in ROW_BUCKETS if b >= chosen.rows)
+        heaviest = max(_WEIGHTS[task.job.priority] for task in chosen.tasks)
+        self._lanes.charge(lane, bucket * width * height * _HEAVIEST // heaviest)
+        return DenoiseBatch(tuple(chosen.tasks), bucket)
+
+    def _fill(self, chosen: _Rows, lane: Lane) -> None:
+        """Gives the next rows to the flow with the least virtual time, until none has a picture that fits."""
+        waiting: dict[Flow, deque[ImageTask]] = {}
+        for task in self._tasks:
+            if _lane(task) == lane:
+                waiting.setdefault(_flow(task), deque()).append(task)
+        order = [(self._flows[flow], tasks[0].arrival, flow) for flow, tasks in waiting.items()]
+        heapify(order)
+        while order:
+            _, _, flow = heappop(order)
+            tasks = waiting[flow]
+            while tasks:
+                task = tasks.popleft()
+                if chosen.add(task):
+                    self._flows.charge(flow, _cost(task))
+                    break
+            if tasks:
+                heappush(order, (self._flows[flow], tasks[0].arrival, flow))
+
+    def _capacity(self, width: int, height: int) -> int:
+        """The largest bucket that fits the memory, as far as is known; never less than the smallest."""
+        limit = self._row_limit(width, height)
+        if (too_large := self._too_large.get((width, height))) is not None:
+            limit = min(limit, too_large - 1)
+        return max((bucket for bucket in ROW_BUCKETS if bucket <= limit), default=ROW_BUCKETS[0])
+
+
+@dataclass(slots=True)
+class _Rows:
+    """A forward being filled."""
+
+    residency: Residency
+    capacity: int
+    tasks: list[ImageTask] = field(default_factory=list)
+    rows: int = 0
+    checkpoints: frozenset[CheckpointId] = frozenset()
+
+    def add(self, task: ImageTask) -> bool:
+        """Takes a picture in if its rows and its adapters fit."""
+        checkpoints = self.checkpoints | task.checkpoints
+        if self.rows + task.rows > self.capacity or not self.residency.can_admit(checkpoints):
+            return False
+        self.tasks.append(task)
+        self.rows += task.rows
+        self.checkpoints = checkpoints
+        return True
 
 
 def _lane(task: ImageTask) -> Lane:
     job = task.job
     return job.width, job.height, job.bucket, job.id if job.alone else ""
+
+
+def _flow(task: ImageTask) -> Flow:
+    return task.job.client, task.job.priority
+
+
+def _cost(task: ImageTask) -> int:
+    """Of a step, for its weight: rows times pixels."""
+    job = task.job
+    return task.rows * job.width * job.height * _HEAVIEST // _WEIGHTS[job.priority]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 import resource
 from pathlib import Path
 
@@ -13,7 +14,17 @@ from atelier_server.core import BaseInfo
 from atelier_server.diffusion.base import BaseModel
 from atelier_server.diffusion.schedulers import all_options, default_scheduler
 from atelier_server.engine.runner import Memory
+from atelier_server.errors import OutOfMemory
 
+# How libraries below torch say that they got no memory.
+_NO_MEMORY = (
+    "DefaultCPUAllocator",
+    "could not create a primitive",
+    "could not create a memory object",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _PACKAGES = ("atelier", "torch", "diffusers", "transformers", "peft")
 
 
@@ -51,6 +62,22 @@ def memory(device: torch.device) -> Memory:
     return Memory(allocated=resident, reserved=resident, peak=peak)
 
 
+def out_of_memory(error: Exception, device: torch.device) -> OutOfMemory | None:
+    """The error for users, with the bytes that were asked for and those that are free, if `error` is torch's
+    out-of-memory: an exception of its own on a GPU, a RuntimeError of its allocator or of oneDNN on a CPU."""
+    text = str(error)
+    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(s in text for s in _NO_MEMORY):
+        return None
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _meminfo("MemAvailable")
+    facts = {"free_bytes": str(free)}
+    message = f"the device has too little memory for this: {free} bytes are free"
+    if asked := re.search(r"tried to allocate ([\d.]+) (bytes|[KMG]iB)", text, re.IGNORECASE):
+        needed = int(float(asked[1]) * _UNITS[asked[2]])
+        facts["needed_bytes"] = str(needed)
+        message += f", and one piece alone needed {needed}"
+    return OutOfMemory(f"{message}; ask for a smaller size", facts)
+
+
 def weight_bytes(base: BaseModel) -> int:
     """Memory of the base's weights."""
     modules = (base.unet, base.vae, base.text_encoder)
@@ -66,7 +93,12 @@ def _description(device: torch.device) -> str:
 def _total_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
+    return _meminfo("MemTotal")
+
+
+def _meminfo(entry: str) -> int:
+    """Bytes; 0 where the system does not tell."""
     for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemTotal:"):
+        if line.startswith(f"{entry}:"):
             return int(line.split()[1]) * 1024
     return 0

@@ -30,7 +30,7 @@ from atelier_server.diffusion.images import encode_picture
 from atelier_server.diffusion.trajectory import Trajectory
 from atelier_server.engine.runner import Decoded, Memory, Published, StepReport
 from atelier_server.engine.scheduler import ImageTask
-from atelier_server.errors import AdapterNotFound, DataLoss, NonfiniteImage, UnsupportedFormat
+from atelier_server.errors import AdapterNotFound, DataLoss, NonfiniteImage, OutOfMemory, UnsupportedFormat
 from atelier_server.messages import WorkerSettings
 from atelier_server.receipt import receipt
 from atelier_server.training.trainer import LoraTrainer
@@ -227,13 +227,13 @@ class TorchRunner:
             seconds = monotonic() - before
         return seconds / len(latents)
 
-    def is_out_of_memory(self, error: Exception) -> bool:
-        return isinstance(error, torch.OutOfMemoryError | MemoryError)
-
-    def release_memory(self) -> None:
-        self._rows = None
-        if self.base.device.type == "cuda":
-            torch.cuda.empty_cache()
+    def out_of_memory(self, error: Exception) -> OutOfMemory | None:
+        told = device.out_of_memory(error, self.base.device)
+        if told is not None:
+            self._rows = None
+            if self.base.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return told
 
     def memory(self) -> Memory:
         memory = device.memory(self.base.device)

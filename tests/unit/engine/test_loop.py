@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from atelier_server.core import CheckpointId, State
+from atelier_server.core import CheckpointId, Mode, State
 from atelier_server.engine.loop import Loop, Message
 from atelier_server.engine.trainings import SampleDefaults
 from atelier_server.errors import NonfiniteLoss
@@ -126,6 +126,28 @@ def test_a_bad_adapter_fails_its_own_request_only() -> None:
     assert [e.job_id for e in desk.of(JobFailed)] == ["x"]
     assert desk.of(JobFailed)[0].reason == "ADAPTER_NOT_FOUND"  # type: ignore[union-attr]
     assert [e.job_id for e in desk.of(GenerationCompleted)] == ["y"]
+
+
+def test_out_of_memory_splits_the_batch_and_fails_nobody_who_fits_alone() -> None:
+    desk = Desk()
+    desk.runner.memory_rows = 4
+    desk.send(*(Submit(generation(name, num_images=2)) for name in "abc")).until(3)
+    assert not desk.of(JobFailed)
+    assert desk.of(Sample).count(Sample("out_of_memory_total", 1.0, ("generate",))) == 2
+    assert {e.bucket for e in desk.of(GenerationCompleted)} == {4}
+
+
+def test_out_of_memory_fails_only_what_cannot_be_made_smaller() -> None:
+    desk = Desk()
+    desk.runner.memory_rows = 4
+    desk.send(Submit(generation("strict", mode=Mode.STRICT, bucket=8)), Submit(generation("fast"))).until(2)
+    assert [(e.job_id, e.reason, e.metadata) for e in desk.of(JobFailed)] == [
+        ("strict", "OUT_OF_MEMORY", (("free_bytes", "1"),))
+    ]
+    assert [e.job_id for e in desk.of(GenerationCompleted)] == ["fast"]
+    desk.runner.memory_rows = 1
+    desk.send(Submit(generation("alone"))).until(3)
+    assert desk.of(JobFailed)[-1].job_id == "alone"
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atelier_server.core import ROW_BUCKETS, GenerationJob, Mode
+from atelier_server.core import ROW_BUCKETS, GenerationJob, Mode, Priority
 from atelier_server.engine.residency import Residency
 from atelier_server.engine.scheduler import DenoiseBatch, Scheduler, TrainStep
+from atelier_server.engine.shares import Shares
 from tests.fakes import generation, use
 
 
@@ -49,11 +52,64 @@ def test_strict_runs_in_its_bucket_only_and_fast_pictures_fill_it() -> None:
     assert (jobs(second), second.bucket) == (["strict", "fast", "fast"], 8)
 
 
-def test_sizes_take_turns() -> None:
+def test_sizes_take_turns_by_what_they_cost() -> None:
     desk = scheduler()
     desk.submit(generation("small"))
     desk.submit(generation("large", width=128))
-    assert [jobs(batch(desk)) for _ in range(4)] == [["small"], ["large"], ["small"], ["large"]]
+    turns = [jobs(batch(desk))[0] for _ in range(9)]
+    assert turns[:2] == ["small", "large"]
+    assert turns.count("small") == 2 * turns.count("large")
+
+
+def test_a_new_size_does_not_wait_for_the_past_of_another() -> None:
+    desk = scheduler()
+    desk.submit(generation("old"))
+    for _ in range(100):
+        batch(desk)
+    desk.submit(generation("new", width=128))
+    turns = [jobs(batch(desk))[0] for _ in range(6)]
+    assert turns.count("new") == 2
+
+
+def test_clients_share_the_rows_of_a_forward() -> None:
+    desk = scheduler()
+    desk.submit(generation("many", num_images=20, client="a"))
+    desk.submit(generation("one", client="b"))
+    desk.submit(generation("two", num_images=2, client="b"))
+    assert sorted(jobs(batch(desk))) == ["many"] * 5 + ["one", "two", "two"]
+
+
+def test_a_higher_priority_gets_more_and_a_lower_one_does_not_starve() -> None:
+    desk = scheduler()
+    for name, priority in (("low", Priority.LOW), ("normal", Priority.NORMAL), ("high", Priority.HIGH)):
+        desk.submit(generation(name, num_images=16, priority=priority))
+    shares = Counter(name for _ in range(21) for name in jobs(batch(desk)))
+    assert shares["high"] == 4 * shares["normal"] == 16 * shares["low"] > 0
+
+
+def test_a_forward_that_ran_out_of_memory_is_tried_again_smaller() -> None:
+    desk = scheduler()
+    desk.submit(generation("a", num_images=20))
+    buckets = []
+    while desk.shrink(step := batch(desk)):
+        buckets.append(step.bucket)
+    assert (buckets, step.bucket, len(step.tasks)) == ([16, 8, 4], 2, 1)
+    desk.submit(generation("b", num_images=20, width=128))
+    assert max(batch(desk).bucket for _ in range(2)) == 16, "another size is another question"
+
+
+def test_a_strict_forward_cannot_be_made_smaller() -> None:
+    desk = scheduler()
+    desk.submit(generation("strict", mode=Mode.STRICT, bucket=8))
+    desk.submit(generation("fast"))
+    assert not desk.shrink(batch(desk))
+
+
+def test_a_forward_has_no_more_rows_than_fit_the_memory() -> None:
+    desk = Scheduler(Residency(8), row_limit=lambda width, height: 64 * 64 * 7 // (width * height))
+    desk.submit(generation("a", num_images=20))
+    desk.submit(generation("b", num_images=20, width=128, height=128))
+    assert {batch(desk).bucket for _ in range(4)} == {4, 2}
 
 
 def test_a_request_that_wants_to_be_alone_is() -> None:
@@ -70,6 +126,18 @@ def test_a_batch_never_needs_more_adapters_than_there_are_slots() -> None:
         desk.submit(generation(name, adapters=(use(name),)))
     desk.submit(generation("none"))
     assert jobs(batch(desk)) == ["a", "b", "none"]
+
+
+def test_shares_are_fair_whoever_comes_and_goes() -> None:
+    shares: Shares[str] = Shares()
+    shares.present(["a"])
+    shares.charge("a", 100)
+    shares.present(["a", "b"])
+    assert (shares["a"], shares["b"]) == (100, 100), "b has no credit for the time before it came"
+    shares.charge("b", 1)
+    shares.present(["b"])
+    shares.present(["a", "b"])
+    assert shares["a"] == shares["b"] == 101
 
 
 def test_one_training_step_between_two_denoise_steps() -> None:
@@ -94,7 +162,7 @@ def test_waiting_jobs_are_those_of_which_nothing_has_started() -> None:
 
 
 JOBS = st.builds(
-    lambda guided, images, wide, strict, alone, adapter: {
+    lambda guided, images, wide, strict, alone, adapter, client, priority: {
         "guidance_scale": 5.0 if guided else 1.0,
         "num_images": images,
         "width": 128 if wide else 64,
@@ -102,9 +170,11 @@ JOBS = st.builds(
         "bucket": strict,
         "alone": alone,
         "adapters": (use(f"a{adapter}"),) if adapter else (),
+        "client": client,
+        "priority": priority,
     },
     st.booleans(), st.integers(1, 6), st.booleans(), st.sampled_from([0, 0, 2, 8, 16]), st.booleans(),
-    st.integers(0, 4),
+    st.integers(0, 4), st.sampled_from("ab"), st.sampled_from(Priority),
 )  # fmt: skip
 
 
