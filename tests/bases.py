@@ -3,8 +3,8 @@
     folder = save_base("sdxl", tmp_path / "base")      # what `serve --model` takes
     pipeline = peer("sdxl", folder)                    # diffusers' own pipeline on it
 
-They have the layout of the real ones (layer graphs, attention, text encoders, tokenizers' padding, scheduler
-settings) at a fraction of the width: 64 x 64 pixels, latents of 8 x 8, prompts of 77 tokens in pocket's words.
+They have the layout of the real ones (layer graphs, attention, text encoders, tokenizers' padding,
+scheduler settings) at a fraction of the width: 64 x 64 pixels, latents of 8 x 8, prompts of 77 tokens in pocket's words.
 """
 
 from __future__ import annotations

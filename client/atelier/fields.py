@@ -27,6 +27,10 @@ class GenerateFields(TypedDict, total=False):
     ]
     batch_bucket: Annotated[int, "rows of a strict forward: 2, 4, 8 or 16 (default: 8)"]
     image_format: Annotated[Literal["png", "jpeg", "webp"], "file format (default: png)"]
+    priority: Annotated[
+        Literal["low", "normal", "high"],
+        "each step up gets four times as much of the device (default: normal)",
+    ]
     guidance_rescale: Annotated[float, "0 to 1: takes back contrast that strong guidance adds (default: 0)"]
     use_karras_sigmas: Annotated[bool, "noise levels of Karras et al. (default: the base model's)"]
     use_exponential_sigmas: Annotated[bool, "noise levels evenly spaced in their logarithm"]

@@ -27,6 +27,7 @@ AtelierError                       INTERNAL             INTERNAL
 |   +-- ServerDraining             UNAVAILABLE          SERVER_DRAINING
 +-- DataLoss                       DATA_LOSS            ADAPTER_CORRUPT
 +-- CrashLoop                      ABORTED              TRAINING_CRASH_LOOP
++-- DeadlineTooShort               DEADLINE_EXCEEDED    DEADLINE_TOO_SHORT
 +-- Cancelled                      CANCELLED            CANCELLED
 
 Rooms raise these; only `rpc` turns them into a grpc.StatusCode.
@@ -212,6 +213,11 @@ class DataLoss(AtelierError):
 class CrashLoop(AtelierError):
     status = "ABORTED"
     reason = "TRAINING_CRASH_LOOP"
+
+
+class DeadlineTooShort(AtelierError):
+    status = "DEADLINE_EXCEEDED"
+    reason = "DEADLINE_TOO_SHORT"
 
 
 class Cancelled(AtelierError):

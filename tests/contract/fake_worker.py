@@ -114,7 +114,8 @@ class FakeWorker:
         for step in range(2, job.num_inference_steps + 1):
             self.say(messages.Progress(job.id, step, job.num_inference_steps))
         for i in range(job.num_images):
-            data = json.dumps({**self.seen, "alone": job.alone, "steps": job.num_inference_steps}).encode()
+            facts = {"alone": job.alone, "client": job.client, "priority": job.priority.name}
+            data = json.dumps({**self.seen, **facts, "steps": job.num_inference_steps}).encode()
             if job.prompt == "big":
                 data = bytes(range(256)) * 4096 * 3
             self.say(messages.ImageReady(job.id, i, job.seed + i, "image/png", data))

@@ -100,6 +100,22 @@ async def test_the_last_reader_cancels(service: Service) -> None:
     assert seen["cancelled"] == 1
 
 
+async def test_a_deadline_that_cannot_be_met_costs_nothing(service: Service) -> None:
+    request = generation_pb2.GenerateRequest(prompt="hold", num_inference_steps=200)
+    refusal = await refused(first(service.generations.Generate(request, timeout=1.0)))
+    assert (refusal.code, refusal.reason) == ("DEADLINE_EXCEEDED", "DEADLINE_TOO_SHORT")
+    assert json.loads(pictures(await service.generate("look"))[0])["submitted"] == 1
+    assert (await service.generate("a", num_inference_steps=200))[-1].completed.seed
+
+
+async def test_priorities_and_clients_reach_the_worker(service: Service) -> None:
+    messages = await service.generate("a", priority=generation_pb2.PRIORITY_HIGH)
+    assert json.loads(pictures(messages)[0])["priority"] == "HIGH"
+    assert json.loads(pictures(messages)[0])["client"] in ("ipv4:127.0.0.1", "ipv6:[::1]")
+    refusal = await refused(service.generate("a", priority=9))
+    assert set(refusal.violations) == {"priority"}
+
+
 async def test_an_unknown_adapter_is_not_found(service: Service) -> None:
     adapters = [generation_pb2.AdapterSelection(adapter="otto@750:0.8")]
     refusal = await refused(service.generate("a", adapters=adapters))

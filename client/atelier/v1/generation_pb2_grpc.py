@@ -61,6 +61,8 @@ class GenerationServiceServicer:
         unknown adapter or checkpoint. ALREADY_EXISTS REQUEST_ID_REUSED: another request had this id.
         RESOURCE_EXHAUSTED QUEUE_FULL: try again after RetryInfo. UNAVAILABLE WORKER_LOST: the worker died
         three times under this request. UNAVAILABLE SERVER_DRAINING: the server is going away.
+        DEADLINE_EXCEEDED DEADLINE_TOO_SHORT: the call's deadline cannot be met; nothing was begun.
+        RESOURCE_EXHAUSTED OUT_OF_MEMORY: one picture alone does not fit the device.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

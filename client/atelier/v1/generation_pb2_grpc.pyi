@@ -48,6 +48,8 @@ class GenerationServiceStub:
     unknown adapter or checkpoint. ALREADY_EXISTS REQUEST_ID_REUSED: another request had this id.
     RESOURCE_EXHAUSTED QUEUE_FULL: try again after RetryInfo. UNAVAILABLE WORKER_LOST: the worker died
     three times under this request. UNAVAILABLE SERVER_DRAINING: the server is going away.
+    DEADLINE_EXCEEDED DEADLINE_TOO_SHORT: the call's deadline cannot be met; nothing was begun.
+    RESOURCE_EXHAUSTED OUT_OF_MEMORY: one picture alone does not fit the device.
     """
 
 @_typing.type_check_only
@@ -70,6 +72,8 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     unknown adapter or checkpoint. ALREADY_EXISTS REQUEST_ID_REUSED: another request had this id.
     RESOURCE_EXHAUSTED QUEUE_FULL: try again after RetryInfo. UNAVAILABLE WORKER_LOST: the worker died
     three times under this request. UNAVAILABLE SERVER_DRAINING: the server is going away.
+    DEADLINE_EXCEEDED DEADLINE_TOO_SHORT: the call's deadline cannot be met; nothing was begun.
+    RESOURCE_EXHAUSTED OUT_OF_MEMORY: one picture alone does not fit the device.
     """
 
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -95,6 +99,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         unknown adapter or checkpoint. ALREADY_EXISTS REQUEST_ID_REUSED: another request had this id.
         RESOURCE_EXHAUSTED QUEUE_FULL: try again after RetryInfo. UNAVAILABLE WORKER_LOST: the worker died
         three times under this request. UNAVAILABLE SERVER_DRAINING: the server is going away.
+        DEADLINE_EXCEEDED DEADLINE_TOO_SHORT: the call's deadline cannot be met; nothing was begun.
+        RESOURCE_EXHAUSTED OUT_OF_MEMORY: one picture alone does not fit the device.
         """
 
 def add_GenerationServiceServicer_to_server(servicer: GenerationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

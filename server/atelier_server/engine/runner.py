@@ -104,6 +104,6 @@ class Runner(Protocol):
         """Writes a checkpoint in a layout: size in bytes and sha256."""
 
     def out_of_memory(self, error: Exception) -> OutOfMemory | None:
-        """What an out-of-memory tells users, once cached memory has been given back; None for other errors."""
+        """What an out-of-memory tells users, cached memory given back before; None for other errors."""
 
     def memory(self) -> Memory: ...

@@ -72,7 +72,9 @@ class Scheduler:
     """
 
     def __init__(
-        self, residency: Residency, row_limit: Callable[[int, int], int] = lambda _width, _height: ROW_BUCKETS[-1]
+        self,
+        residency: Residency,
+        row_limit: Callable[[int, int], int] = lambda _width, _height: ROW_BUCKETS[-1],
     ) -> None:
         self._residency = residency
         self._row_limit = row_limit
@@ -128,7 +130,7 @@ class Scheduler:
 
     def shrink(self, batch: DenoiseBatch) -> bool:
         """The batch ran out of memory. True if its pictures can be tried again in a smaller forward; False
-        where it was the smallest that they can run in (a strict picture runs in no other bucket than its own).
+        where it was the smallest that they can run in (a strict picture runs in its own bucket only).
         """
         if batch.bucket == ROW_BUCKETS[0] or any(task.job.bucket for task in batch.tasks):
             return False

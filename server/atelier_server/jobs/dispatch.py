@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from atelier_server.core import BaseInfo, CheckpointId
+from atelier_server.core import ROW_BUCKETS, BaseInfo, CheckpointId, GenerationJob
 from atelier_server.errors import WorkerNotReady
 from atelier_server.jobs.calls import Calls
 from atelier_server.jobs.generations import Generations
@@ -67,6 +67,14 @@ class WorkerStatus:
         if self.base is None:
             raise WorkerNotReady(self.message)
         return self.base
+
+    def least_seconds(self, job: GenerationJob) -> float:
+        """What a generation takes on an idle device at the very least: half of what its forwards would take
+        if each cost no more than the smallest, measured at the start."""
+        base = self.known_base()
+        larger = job.width * job.height / (base.native_width * base.native_height)
+        forwards = -(-job.num_images * job.rows_per_image // ROW_BUCKETS[-1]) * job.num_inference_steps
+        return 0.5 * forwards * ROW_BUCKETS[0] * self.row_seconds * larger
 
     def resident(self) -> frozenset[CheckpointId]:
         return frozenset(self.heartbeat.resident) if self.heartbeat else frozenset()

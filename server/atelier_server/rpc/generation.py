@@ -8,6 +8,7 @@ from dataclasses import replace
 from atelier.v1 import generation_pb2 as pb
 from atelier.v1 import generation_pb2_grpc
 from atelier_server.config import Limits
+from atelier_server.errors import DeadlineTooShort
 from atelier_server.jobs.dispatch import WorkerStatus
 from atelier_server.jobs.generations import Generations
 from atelier_server.jobs.wardrobe import Wardrobe
@@ -34,7 +35,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         reader = self._generations.join(draft.request_id, draft.body_hash)
         if reader is None:
             adapters = await self._wardrobe.resolve(draft.refs)
-            job = replace(draft.job, adapters=adapters)
+            job = replace(draft.job, adapters=adapters, client=_host(context.peer()))
+            _check_deadline(context.time_remaining(), self._status.least_seconds(job))
             reader = self._generations.admit(job, draft.request_id, draft.body_hash)
         # Both: a stream that is dropped between two messages is noticed only by the callback.
         on_end(context, reader.close)
@@ -44,3 +46,17 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                     yield message
         finally:
             reader.close()
+
+
+def _host(peer: str) -> str:
+    """ipv4:192.0.2.1:50123 without the port: a client's connections are one client."""
+    return peer.rpartition(":")[0]
+
+
+def _check_deadline(remaining: float | None, least: float) -> None:
+    """Raises DeadlineTooShort before anything is done for a call that cannot be in time."""
+    if remaining is not None and remaining < least:
+        raise DeadlineTooShort(
+            f"the deadline is in {remaining:.2f} s, and this takes at least {least:.2f} s",
+            {"least_seconds": f"{least:.2f}"},
+        )

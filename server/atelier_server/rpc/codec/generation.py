@@ -19,6 +19,7 @@ from atelier_server.core import (
     GenerationJob,
     ImageFormat,
     Mode,
+    Priority,
     SchedulerOptions,
 )
 from atelier_server.rpc.codec.checks import Checks
@@ -35,6 +36,14 @@ _FORMATS = {
     pb.IMAGE_FORMAT_PNG: ImageFormat.PNG,
     pb.IMAGE_FORMAT_JPEG: ImageFormat.JPEG,
     pb.IMAGE_FORMAT_WEBP: ImageFormat.WEBP,
+}
+
+
+_PRIORITIES = {
+    pb.PRIORITY_UNSPECIFIED: Priority.NORMAL,
+    pb.PRIORITY_LOW: Priority.LOW,
+    pb.PRIORITY_NORMAL: Priority.NORMAL,
+    pb.PRIORITY_HIGH: Priority.HIGH,
 }
 
 
@@ -58,6 +67,8 @@ def decode_generate(request: pb.GenerateRequest, limits: Limits, base: BaseInfo)
     mode, bucket = _reproducibility(checks, request)
     if request.image_format not in _FORMATS:
         checks.refuse("image_format", f"{request.image_format} is no ImageFormat")
+    if request.priority not in _PRIORITIES:
+        checks.refuse("priority", f"{request.priority} is no Priority")
     if len(request.adapters) > limits.max_adapters_per_image:
         checks.refuse(
             "adapters", f"{len(request.adapters)} adapters are more than {limits.max_adapters_per_image}"
@@ -91,6 +102,7 @@ def decode_generate(request: pb.GenerateRequest, limits: Limits, base: BaseInfo)
         mode=mode,
         bucket=bucket,
         image_format=_FORMATS.get(request.image_format, ImageFormat.PNG),
+        priority=_PRIORITIES.get(request.priority, Priority.NORMAL),
     )
     checks.done()
     return GenerationDraft(request_id, _body_hash(request), job, tuple(ref for ref in refs if ref))
