@@ -4,7 +4,8 @@
     pipeline = peer("sdxl", folder)                    # diffusers' own pipeline on it
 
 They have the layout of the real ones (layer graphs, attention, text encoders, tokenizers' padding,
-scheduler settings) at a fraction of the width: 64 x 64 pixels, latents of 8 x 8, prompts of 77 tokens in pocket's words.
+scheduler settings) at a fraction of the width: 64 x 64 pixels, latents of 8 x 8, prompts of 77 tokens in
+pocket's words.
 """
 
 from __future__ import annotations
