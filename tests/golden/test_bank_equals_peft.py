@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from peft import LoraConfig, get_peft_model_state_dict
 
 from atelier_server.adapters.bank import SlotBank
 from atelier_server.adapters.canonical import CanonicalAdapter
 from atelier_server.adapters.format import write_adapter
+from atelier_server.adapters.kinds import convert
 from tests.unit.adapters.tiny import ATTENTION, EVERYTHING, Inputs, adapter_for, tiny_unet, wrapped_unet
 
 ROWS = [
@@ -81,3 +83,49 @@ def test_single_rows_in_bfloat16_are_as_good_as_pefts(targets: tuple[str, ...], 
         ours = (inputs.run(half).float() - exact).square().mean().sqrt()
     theirs = (inputs.run(peft).float() - exact).square().mean().sqrt()
     assert ours <= 1.25 * theirs
+
+
+def dora_through_peft() -> tuple[UNet2DConditionModel, CanonicalAdapter]:
+    """A U-Net with a random DoRA of PEFT's own making on linear layers and convolutions, and its parts."""
+    unet = tiny_unet()
+    unet.add_adapter(
+        LoraConfig(r=4, lora_alpha=2, use_dora=True, target_modules=["to_q", "to_v", "conv1", "proj_in"])
+    )
+    generator = torch.Generator().manual_seed(3)
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    names = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "lora_magnitude_vector": "dora_scale"}
+    for parameter in unet.parameters():
+        if parameter.requires_grad:
+            size = torch.rand(parameter.shape, generator=generator)
+            parameter.data = parameter * (0.7 + size) if parameter.norm() else 0.1 * (size - 0.5)
+            parameter.requires_grad_(False)
+    for key, value in get_peft_model_state_dict(unet).items():
+        name, _, part = key.removesuffix(".weight").rpartition(".")
+        flat = value.flatten() if part == "lora_magnitude_vector" else value
+        parts.setdefault(f"unet.{name}", {})[names[part]] = flat
+    shapes = wrapped_unet()[1].shapes
+    return unet, CanonicalAdapter(
+        {name: convert(name, of, shapes[name], max_rank=40, scale=0.5) for name, of in parts.items()}
+    )
+
+
+def test_dora_rows_equal_peft_at_weight_one_and_are_linear_in_the_weight() -> None:
+    """PEFT scales B A inside of the norm: at weight 0 the magnitudes still act. Here the change is scaled."""
+    reference, adapter = dora_through_peft()
+    unet, bank = wrapped_unet()
+    bank.load(1, adapter)
+    inputs = Inputs()
+    with bank.use(bank.gather([[(1, 1.0)], []] * 4)):
+        mixed = inputs.run(unet)
+    base = inputs.run(tiny_unet())
+    assert (mixed[::2] - inputs.run(reference)[::2]).abs().max() <= 1e-5
+    assert torch.equal(mixed[1::2], base[1::2])
+    assert (mixed[::2] - base[::2]).abs().max() > 1e-2
+    layer = unet.down_blocks[0].resnets[0].conv1
+    x = torch.randn(2, 32, 8, 8, generator=torch.Generator().manual_seed(1))
+    plain = layer(x)
+    with bank.use(bank.gather([[(1, 1.0)], [(1, 0.3)]])):
+        changed = layer(torch.stack([x[0], x[0]]))
+    assert torch.allclose(changed[1] - plain[0], 0.3 * (changed[0] - plain[0]), atol=1e-5)
+    reference.set_adapters(["default"], [0.0])
+    assert (inputs.run(reference) - base).abs().max() > 1e-2

@@ -16,6 +16,7 @@ number of adapters (at the same number of rows); a NaN in a slot reaches only th
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,17 +25,31 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from atelier_server.adapters.canonical import CanonicalAdapter, LoraModule, finite, tensors_of
+from atelier_server.adapters.canonical import (
+    CanonicalAdapter,
+    DenseModule,
+    LoraModule,
+    Module,
+    finite,
+    tensors_of,
+)
+from atelier_server.adapters.changes import Difference, LayerChange, change_of
+from atelier_server.adapters.differences import Differences
 from atelier_server.adapters.layers import (
     BankLayer,
     Current,
+    Delta,
     LeafSet,
+    NormDelta,
     RowDelta,
+    is_norm,
     stacked,
     wrapped,
+    wrapped_norm,
 )
+from atelier_server.adapters.shapes import shape_fault
 from atelier_server.adapters.slots import GroupKey, SlotGroup, group_key
 from atelier_server.errors import AdapterMismatch
 
@@ -42,6 +57,7 @@ Row = tuple[tuple[int, float], ...]
 RowsKey = tuple[tuple[tuple[int, int, float], ...], ...]
 _FINGERPRINTED_LAYERS = 8
 _FINGERPRINTED_VALUES = 16
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,7 +69,8 @@ class ActiveRows:
 
     rows: int
     key: RowsKey
-    deltas: Mapping[str, RowDelta]
+    deltas: Mapping[str, Delta]
+    norms: Mapping[str, NormDelta]
 
 
 @dataclass(slots=True)
@@ -61,6 +78,7 @@ class _Slot:
     """What a slot holds. `scale` is alpha/r of most of its layers; the others differ by a factor inside B."""
 
     revision: int = 0
+    empty: bool = True
     rank: int = 0
     scale: float = 1.0
     fingerprint: bytes = b""
@@ -76,6 +94,9 @@ class SlotBank:
         self.slots = slots
         self.max_rank = max_rank
         self.layers: dict[str, BankLayer] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}  # of the weights that adapters can change; norms too
+        self._norms: dict[str, tuple[nn.Module, str]] = {}
+        self._differences = Differences()
         self._alike: dict[GroupKey, list[BankLayer]] = {}
         self._groups: dict[GroupKey, SlotGroup] = {}
         self._held = [_Slot() for _ in range(slots + 1)]
@@ -85,7 +106,8 @@ class SlotBank:
     def wrap(self, root: nn.Module, prefix: str) -> None:
         """Replaces every plain linear and convolution layer inside `root` and freezes the base.
 
-        Layers are known as PREFIX.NAME, with their names in `root`, whose device and dtype must be final.
+        Norms are replaced when an adapter that changes them is first loaded. Layers are known as PREFIX.NAME,
+        with their names in `root`, whose device and dtype must be final.
         """
         root.requires_grad_(False)
         for name, module in list(root.named_modules()):
@@ -93,7 +115,12 @@ class SlotBank:
             if layer is not None:
                 root.set_submodule(name, layer)
                 self.layers[layer.layer_name] = layer
+                self.shapes[layer.layer_name] = tuple(layer.weight.shape)
+                self._differences.add_layer(layer.layer_name, layer.weight)
                 self._alike.setdefault(group_key(layer), []).append(layer)
+            elif is_norm(module):
+                self.shapes[f"{prefix}.{name}"] = tuple(module.weight.shape)
+                self._norms[f"{prefix}.{name}"] = (root, name)
 
     # ------------------------------------------------------------------------------------------ content
     def check(self, adapter: CanonicalAdapter) -> None:
@@ -113,13 +140,17 @@ class SlotBank:
         held = self._slot(slot)
         self._check_shapes(adapter)
         # All memory first: running out of it leaves the slot as it was.
-        grouped = [(self._group(key), modules) for key, modules in self._grouped(adapter).items()]
-        scales = {name: module.alpha / module.rank for name, module in adapter.low_rank.items()}
+        changes = {name: self._change(name, module) for name, module in adapter.modules.items()}
+        pairs = {name: change.low_rank for name, change in changes.items() if change.low_rank is not None}
+        grouped = [(self._group(key), modules) for key, modules in self._grouped(pairs).items()]
+        rest = self._differences.packed(changes)
+        scales = {name: module.alpha / module.rank for name, module in pairs.items()}
         common = Counter(scale for scale in scales.values() if scale).most_common(1)
         for group in self._groups.values():
             group.erase(slot)
         self._held[slot] = held = _Slot(
             revision=held.revision + 1,
+            empty=not adapter.modules,
             rank=adapter.largest.rank if adapter.largest else 0,
             scale=common[0][0] if common else 1.0,
             fingerprint=_fingerprint(adapter),
@@ -127,18 +158,22 @@ class SlotBank:
         with torch.no_grad():
             for group, modules in grouped:
                 group.write(slot, modules, {name: scales[name] / held.scale for name in modules})
+        self._differences.put(slot, rest)
+        if rest is not None:
+            _log.info("slot %d: %s", slot, rest)
 
     def clear(self, slot: int) -> None:
         """Empties the slot."""
         held = self._slot(slot)
         for group in self._groups.values():
             group.erase(slot)
+        self._differences.put(slot, None)
         self._held[slot] = _Slot(revision=held.revision + 1)
 
     @property
     def size_bytes(self) -> int:
         """Memory of all slots."""
-        return sum(group.size_bytes for group in self._groups.values())
+        return sum(group.size_bytes for group in self._groups.values()) + self._differences.size_bytes
 
     # --------------------------------------------------------------------------------------------- rows
     def key(self, rows: Sequence[Sequence[tuple[int, float]]]) -> RowsKey:
@@ -159,23 +194,27 @@ class SlotBank:
         index = torch.tensor([i for indices, _ in packed for i in indices])
         factors = torch.tensor([[f] for _, values in packed for f in values])
         used = {slot for row in canonical for slot, _ in row}
-        deltas: dict[str, RowDelta] = {}
+        pairs: dict[str, RowDelta] = {}
         for group in self._groups.values():
             index, factors = index.to(group.A.device), factors.to(group.A.device)  # once: one device
-            deltas |= group.gather(used, index, factors, len(canonical))
-        return ActiveRows(len(canonical), self.key(rows), MappingProxyType(deltas))
+            pairs |= group.gather(used, index, factors, len(canonical))
+        mixed, norms = self._differences.gather(canonical, pairs)
+        deltas: dict[str, Delta] = {**pairs, **mixed}
+        return ActiveRows(len(canonical), self.key(rows), MappingProxyType(deltas), MappingProxyType(norms))
 
     @contextmanager
     def use(self, rows: ActiveRows | None) -> Iterator[None]:
         """Forwards inside have these rows; None = the base alone. RuntimeError inside `train`."""
         if self._training:
             raise RuntimeError("rows cannot be activated between a training's forward and its backward")
-        before = self._current.deltas
-        self._current.deltas = rows.deltas if rows is not None else {}
+        before = self._current.deltas, self._current.norms
+        self._current.deltas, self._current.norms = (
+            (rows.deltas, rows.norms) if rows is not None else ({}, {})
+        )
         try:
             yield
         finally:
-            self._current.deltas = before
+            self._current.deltas, self._current.norms = before
 
     @contextmanager
     def train(self, leaves: LeafSet | Sequence[LeafSet]) -> Iterator[None]:
@@ -184,7 +223,7 @@ class SlotBank:
         The backward belongs inside too: with gradient checkpointing it runs the forward again, and with
         other rows active it would be silently wrong. Activating anything inside raises RuntimeError.
         """
-        if self._training or self._current.deltas:
+        if self._training or self._current.deltas or self._current.norms:
             raise RuntimeError("a training cannot begin while other rows are active")
         self._training = True
         self._current.deltas = leaves.leaves if isinstance(leaves, LeafSet) else stacked(leaves)
@@ -209,7 +248,7 @@ class SlotBank:
         for slot, weight in row:
             if not math.isfinite(weight):
                 raise ValueError(f"weight {weight} of slot {slot} is not finite")
-            if self._slot(slot).rank:
+            if not self._slot(slot).empty:
                 weights[slot] = weights.get(slot, 0.0) + weight
         kept = [(slot, weight) for slot, weight in weights.items() if weight != 0.0]
         return tuple(sorted(kept, key=lambda pair: (self._held[pair[0]].fingerprint, pair[0])))
@@ -232,44 +271,31 @@ class SlotBank:
             self._groups[key] = SlotGroup(self._alike[key], self.slots + 1, self.max_rank)
         return self._groups[key]
 
-    def _grouped(self, adapter: CanonicalAdapter) -> dict[GroupKey, dict[str, LoraModule]]:
+    def _change(self, name: str, module: Module) -> LayerChange:
+        """What the module does to its layer; a norm is wrapped now, as few adapters change one."""
+        if (layer := self.layers.get(name)) is not None:
+            return change_of(module, layer)
+        root, inner = self._norms[name]
+        norm = root.get_submodule(inner)
+        if is_norm(norm):
+            root.set_submodule(inner, wrapped_norm(norm, name, self._current))
+        assert isinstance(module, DenseModule)
+        assert isinstance(norm.weight, Tensor)
+        parts = (None if t is None else t.to(norm.weight) for t in (module.weight, module.bias))
+        return LayerChange(difference=Difference(*parts))
+
+    def _grouped(self, modules: Mapping[str, LoraModule]) -> dict[GroupKey, dict[str, LoraModule]]:
         grouped: dict[GroupKey, dict[str, LoraModule]] = {}
-        for name, module in adapter.low_rank.items():
+        for name, module in modules.items():
             grouped.setdefault(group_key(self.layers[name]), {})[name] = module
         return grouped
 
     def _check_shapes(self, adapter: CanonicalAdapter) -> None:
         for name, module in adapter.modules.items():
-            layer = self.layers.get(name)
-            if layer is None:
+            if (shape := self.shapes.get(name)) is None:
                 raise AdapterMismatch(f"the base model has no layer {name}", {"module": name})
-            if not isinstance(module, LoraModule) or module.magnitude is not None or module.bias is not None:
-                raise AdapterMismatch(f"{name}: this kind of change is not supported yet", {"module": name})
-            if fault := _shape_fault(module, layer, self.max_rank):
+            if fault := shape_fault(module, shape, self.max_rank):
                 raise AdapterMismatch(f"the adapter's {name} {fault}", {"module": name})
-
-
-def _shape_fault(module: LoraModule, layer: BankLayer, max_rank: int) -> str:
-    """What is wrong with the shapes, "" if nothing; a linear layer may come as a 1x1 convolution."""
-    rank = module.A.shape[0]
-    out, *features = layer.weight.shape
-    if 1 <= rank <= max_rank and module.A.shape == (rank, *features) and module.B.shape == (out, rank):
-        return ""
-    if not 1 <= rank <= max_rank:
-        return f"has rank {rank}; this server takes 1 to {max_rank}"
-    if _trimmed(module.A.shape[1:]) != _trimmed(features):
-        return f"takes inputs of shape {tuple(module.A.shape[1:])}, the base model's of {tuple(features)}"
-    if _trimmed(module.B.shape) != _trimmed((out, rank)):
-        return f"has B of shape {tuple(module.B.shape)}; ({out}, {rank}) would fit"
-    return ""
-
-
-def _trimmed(shape: Sequence[int]) -> tuple[int, ...]:
-    """Without the ones at the end."""
-    kept = len(shape)
-    while kept and shape[kept - 1] == 1:
-        kept -= 1
-    return tuple(shape[:kept])
 
 
 def _packed_rank(rank: int) -> int:

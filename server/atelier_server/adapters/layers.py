@@ -33,6 +33,14 @@ class Delta(Protocol):
         ...
 
 
+class NormDelta(Protocol):
+    """What is added to the outputs of one norm during a forward."""
+
+    def norm(self, x: Tensor, y: Tensor, layer: BankNorm) -> Tensor:
+        """x [b,...], base output y of its shape -> the same shape."""
+        ...
+
+
 @dataclass(slots=True)
 class Current:
     """The deltas of the forward that runs now, by layer name; shared by all layers of a bank.
@@ -42,6 +50,7 @@ class Current:
     """
 
     deltas: Mapping[str, Delta] = field(default_factory=dict)
+    norms: Mapping[str, NormDelta] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +185,42 @@ class BankConv2d(nn.Conv2d):
         return y if delta is None else delta.conv(x, y, self)
 
 
+class BankGroupNorm(nn.GroupNorm):
+    """`base`, which is affine, with deltas: shares its parameters."""
+
+    def __init__(self, base: nn.GroupNorm, name: str, current: Current) -> None:
+        super().__init__(base.num_groups, base.num_channels, base.eps, device="meta")
+        self.weight = base.weight
+        self.bias = base.bias
+        self.train(base.training)
+        self.layer_name = name
+        self.current = current
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        delta = self.current.norms.get(self.layer_name)
+        return y if delta is None else delta.norm(x, y, self)
+
+
+class BankLayerNorm(nn.LayerNorm):
+    """`base`, which is affine, with deltas: shares its parameters."""
+
+    def __init__(self, base: nn.LayerNorm, name: str, current: Current) -> None:
+        super().__init__(base.normalized_shape, base.eps, bias=base.bias is not None, device="meta")
+        self.weight = base.weight
+        self.bias = base.bias
+        self.train(base.training)
+        self.layer_name = name
+        self.current = current
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        delta = self.current.norms.get(self.layer_name)
+        return y if delta is None else delta.norm(x, y, self)
+
+
 BankLayer = BankLinear | BankConv2d
+BankNorm = BankGroupNorm | BankLayerNorm
 
 
 def wrapped(module: nn.Module, name: str, current: Current) -> BankLayer | None:
@@ -187,6 +231,19 @@ def wrapped(module: nn.Module, name: str, current: Current) -> BankLayer | None:
     if type(module) is nn.Conv2d and module.groups == 1 and module.padding_mode == "zeros":
         return BankConv2d(module, name, current)
     return None
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether `wrapped_norm` can take it: a plain norm with a weight."""
+    return type(module) in (nn.GroupNorm, nn.LayerNorm) and module.weight is not None
+
+
+def wrapped_norm(module: nn.Module, name: str, current: Current) -> BankNorm:
+    """The bank layer for a norm."""
+    if isinstance(module, nn.GroupNorm):
+        return BankGroupNorm(module, name, current)
+    assert isinstance(module, nn.LayerNorm)
+    return BankLayerNorm(module, name, current)
 
 
 def _row_conv(x: Tensor, a: Tensor, layer: nn.Conv2d, rows: int) -> Tensor:
