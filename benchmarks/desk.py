@@ -26,6 +26,7 @@ class Desk:
                 slots=slots,
                 threads=1,
                 max_lora_rank=max_rank,
+                host_adapter_bytes=0,  # a load from a file is a load from a file
             )
         )
         self._events: list[Event] = []

@@ -90,11 +90,15 @@ class FakeRunner:
     def close(self, task: ImageTask) -> None:
         self.progress.pop(task.arrival, None)
 
-    def load(self, use: AdapterUse, slot: int) -> None:
+    def prefetch(self, use: AdapterUse) -> None:
+        self.log.append(("prefetch", use.checkpoint.name))
+
+    def load(self, use: AdapterUse, slot: int) -> str:
         if use.checkpoint.name in self.missing:
             raise AdapterNotFound("gone", name=use.checkpoint.name)
         self.slots[slot] = use.checkpoint
         self.log.append(("load", use.checkpoint.name))
+        return "host"
 
     def clear(self, slot: int) -> None:
         self.slots.pop(slot, None)

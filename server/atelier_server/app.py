@@ -204,6 +204,7 @@ def worker_settings(settings: Settings, data_dir: Path) -> WorkerSettings:
         data_dir=str(data_dir),
         slots=settings.slots,
         threads=settings.threads,
+        host_adapter_bytes=settings.host_adapter_bytes,
         max_lora_rank=settings.limits.max_lora_rank,
     )
 

@@ -22,6 +22,7 @@ class WorkerSettings:
     slots: int
     threads: int
     max_lora_rank: int
+    host_adapter_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +269,7 @@ class Heartbeat:
     memory_reserved_bytes: int
     memory_peak_bytes: int
     component_bytes: tuple[tuple[str, int], ...] = ()
+    host_adapters: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -246,6 +246,7 @@ class Metrics:
     def heartbeat(self, heartbeat: Heartbeat, base: BaseInfo) -> None:
         self.observe(Sample("images_in_progress", heartbeat.running_images))
         self.observe(Sample("adapters_resident", len(heartbeat.resident), ("device",)))
+        self.observe(Sample("adapters_resident", heartbeat.host_adapters, ("host",)))
         for kind, value in (
             ("allocated", heartbeat.memory_allocated_bytes),
             ("reserved", heartbeat.memory_reserved_bytes),

@@ -79,6 +79,9 @@ class Settings(BaseModel):
     reflection: bool = Field(default=True, description="answer gRPC server reflection")
     data_dir: Path = Field(default=Path("data"), description="jobs, adapters, uploads")
     slots: int = Field(default=16, ge=1, le=1024, description="adapters on the device")
+    host_adapter_bytes: int = Field(
+        default=2 * 2**30, ge=0, description="adapters kept in host memory, ready for a slot"
+    )
     threads: int = Field(default=0, ge=0, description="CPU threads of the worker; 0 = one a core")
     drain_seconds: float = Field(default=30.0, ge=0, description="grace for running pictures on SIGTERM")
     drain_notice_seconds: float | None = Field(

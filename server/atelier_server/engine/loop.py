@@ -133,6 +133,8 @@ class Loop:
         for use in job.adapters:
             hit = self.residency.slot(use.checkpoint) is not None
             self._send(Sample("adapter_lookups_total", 1.0, ("hit" if hit else "miss",)))
+            if not hit:
+                self._runner.prefetch(use)
         self.generations.tell_positions(list(self.scheduler.waiting_jobs()))
 
     def _denoise(self, batch: DenoiseBatch) -> None:
@@ -180,12 +182,12 @@ class Loop:
         if needs_load:
             before = monotonic()
             try:
-                self._runner.load(use, slot)
+                source = self._runner.load(use, slot)
             except Exception:
                 self.residency.release([use.checkpoint])
                 self._runner.clear(slot)
                 raise
-            self._send(Sample("adapter_load_seconds", monotonic() - before, ("disk",)))
+            self._send(Sample("adapter_load_seconds", monotonic() - before, (source,)))
         if evicted := self.residency.evictions - evictions:
             self._send(Sample("adapter_evictions_total", float(evicted)))
         return slot

@@ -88,8 +88,11 @@ class Runner(Protocol):
     def close(self, task: ImageTask) -> None:
         """Forgets a picture, finished or not."""
 
-    def load(self, use: AdapterUse, slot: int) -> None:
-        """Copies a checkpoint from the store into a slot."""
+    def prefetch(self, use: AdapterUse) -> None:
+        """Brings a checkpoint nearer beside the loop: it will be loaded soon."""
+
+    def load(self, use: AdapterUse, slot: int) -> str:
+        """Copies a checkpoint into a slot; where it came from ("host" or "disk")."""
 
     def clear(self, slot: int) -> None: ...
 

@@ -100,6 +100,7 @@ def _heartbeat(loop: Loop, runner: TorchRunner) -> Heartbeat:
         running_images=sum(1 for task in tasks if task.started),
         running_trainings=len(loop.trainings.live),
         resident=loop.residency.resident,
+        host_adapters=len(runner.host),
         memory_allocated_bytes=memory.allocated,
         memory_reserved_bytes=memory.reserved,
         memory_peak_bytes=memory.peak,

@@ -21,6 +21,7 @@ from torch import Tensor
 from atelier_server.adapters.bank import ActiveRows, RowsKey, SlotBank
 from atelier_server.adapters.canonical import CanonicalAdapter
 from atelier_server.adapters.format import Layout, read_adapter, write_adapter
+from atelier_server.adapters.host import HostTier, pinned
 from atelier_server.adapters.store import ADAPTER_FILE, AdapterStore, CheckpointRecord
 from atelier_server.adapters.stored import decode_stored, write_stored
 from atelier_server.core import AdapterUse, BaseInfo, CheckpointId, TrainingJob
@@ -54,6 +55,7 @@ class TorchRunner:
         self._pictures: dict[int, Picture] = {}  # by arrival
         self._prompts: OrderedDict[str, Tensor] = OrderedDict()
         self._verified: set[AdapterUse] = set()
+        self.host = HostTier(self._read, settings.host_adapter_bytes)
         # Told by the heartbeat's thread, so counted here and not there.
         self._base_bytes = device.weight_bytes(self.base)
         self._bank_bytes = 0
@@ -143,9 +145,14 @@ class TorchRunner:
         return self._rows[1]
 
     # ------------------------------------------------------------------------------------------- adapters
-    def load(self, use: AdapterUse, slot: int) -> None:
-        self.bank.load(slot, self._stored(use))
+    def load(self, use: AdapterUse, slot: int) -> str:
+        adapter, held = self.host.fetch(use)
+        self.bank.load(slot, adapter)
         self._bank_bytes = self.bank.size_bytes
+        return "host" if held else "disk"
+
+    def prefetch(self, use: AdapterUse) -> None:
+        self.host.prefetch(use)
 
     def clear(self, slot: int) -> None:
         self.bank.clear(slot)
@@ -179,10 +186,10 @@ class TorchRunner:
 
     def export_adapter(self, use: AdapterUse, layout: str, path: str) -> tuple[int, str]:
         target = Path(path)
-        write_adapter(self._stored(use), target, cast(Layout, layout))
+        write_adapter(self._read(use), target, cast(Layout, layout))
         return target.stat().st_size, _sha256(target)
 
-    def _stored(self, use: AdapterUse) -> CanonicalAdapter:
+    def _read(self, use: AdapterUse) -> CanonicalAdapter:
         """A checkpoint of the store, its checksum verified the first time. Raises DataLoss."""
         path = Path(use.path)
         metadata = {"adapter": str(use.checkpoint)}
@@ -198,7 +205,7 @@ class TorchRunner:
         except UnsupportedFormat as error:
             raise DataLoss(f"{use.checkpoint}: the stored file is unreadable", metadata) from error
         self._verified.add(use)
-        return adapter
+        return pinned(adapter) if self.base.device.type == "cuda" else adapter
 
     # ------------------------------------------------------------------------------------------ trainings
     def open_training(self, job: TrainingJob) -> TrainerRun:

@@ -7,7 +7,7 @@ import sys
 from atelier_server.messages import Cancel, JobCancelled, WorkerLost, WorkerSettings
 from atelier_server.workers.handle import LocalWorker
 
-SETTINGS = WorkerSettings("m", "cpu", "auto", "d", 1, 3, 1)
+SETTINGS = WorkerSettings("m", "cpu", "auto", "d", 1, 3, 1, 0)
 ECHO = """
 import os, socket, sys
 from atelier_server.workers import wire
