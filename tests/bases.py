@@ -42,6 +42,12 @@ def save_base(family: str, folder: Path, *, variant: str | None = None, seed: in
     return folder
 
 
+def pipeline_of(family: str, seed: int = 0) -> DiffusionPipeline:
+    """A base of that family that is not saved anywhere."""
+    torch.manual_seed(seed)
+    return _PIPELINES[family]({})
+
+
 def save_controlnet(family: str, folder: Path, base: Path, *, seed: int = 1) -> Path:
     """Saves a ControlNet for the base in `base`: its encoder, with output layers that are not zero."""
     torch.manual_seed(seed)

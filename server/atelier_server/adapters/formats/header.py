@@ -1,0 +1,93 @@
+"""What a file's header tells of itself: trigger words, software, family, training. Labels, no truths."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+
+MAX_VALUE = 2000
+"""Characters of a value that are kept; tag counts of large data sets run to megabytes."""
+
+_KEPT = (
+    "ss_",
+    "modelspec.",
+    "ot_",
+    "sshs_",
+    "atelier.",
+    "software",
+    "training_info",
+    "name",
+    "step",
+    "version",
+)
+_NEVER = ("modelspec.thumbnail",)
+_SOFTWARE = (
+    ("ot_", "OneTrainer"),
+    ("ss_sd_scripts_commit_hash", "kohya sd-scripts"),
+    ("atelier.", "Atelier"),
+    ("lora_adapter_metadata", "diffusers"),
+    ("ss_network_module", "kohya sd-scripts"),
+)
+_TRIGGERS = ("modelspec.trigger_phrase", "ss_trigger_words", "trigger_words", "trigger_word", "trigger")
+# What headers call the families, more special names first.
+_FAMILIES = (
+    ("sdxl", ("sdxl", "stable-diffusion-xl", "sd_xl")),
+    ("sd2", ("sd_v2", "sd2", "stable-diffusion-v2", "stable-diffusion-2")),
+    ("sd1", ("sd_v1", "sd1", "stable-diffusion-v1", "stable-diffusion-1", "sd_1.5")),
+    ("flux", ("flux",)),
+    ("sd3", ("sd3", "stable-diffusion-3")),
+)
+_FAMILY_KEYS = ("modelspec.architecture", "ss_base_model_version", "baseModel", "ss_base_model")
+
+
+def kept(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The entries about training and origin, each of at most MAX_VALUE characters."""
+    return {
+        key: value if len(value) <= MAX_VALUE else f"{value[:MAX_VALUE]} ... ({len(value)} characters)"
+        for key, value in sorted(metadata.items())
+        if key.startswith(_KEPT) and key not in _NEVER
+    }
+
+
+def software(metadata: Mapping[str, str]) -> str:
+    """The tool that wrote the file, "" if the header does not tell."""
+    named = _object(metadata.get("software", "")).get("name")
+    if isinstance(named, str):
+        return named[:80]
+    found = (name for key, name in _SOFTWARE if any(entry.startswith(key) for entry in metadata))
+    return next(found, "")
+
+
+def family(metadata: Mapping[str, str]) -> str:
+    """The family of bases that the header names, "" if none."""
+    if metadata.get("ss_v2", "").lower() == "true":
+        return "sd2"
+    text = " ".join(metadata.get(key, "")[:MAX_VALUE].lower() for key in _FAMILY_KEYS)
+    return next((name for name, words in _FAMILIES if any(word in text for word in words)), "")
+
+
+def triggers(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """The words that call the subject up, where the header names them."""
+    found: dict[str, None] = {}
+    for key in _TRIGGERS:
+        for word in _words(metadata.get(key, "")[:MAX_VALUE]):
+            found[word] = None
+    return tuple(found)
+
+
+def _words(text: str) -> Iterator[str]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = text
+    for word in value if isinstance(value, list) else [value]:
+        if isinstance(word, str) and word.strip():
+            yield word.strip()
+
+
+def _object(text: str) -> dict[str, object]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
