@@ -17,6 +17,7 @@ from atelier_server.adapters.bank import SlotBank
 from atelier_server.adapters.store import AdapterStore
 from atelier_server.core import Recipe, TrainingImage, TrainingJob
 from atelier_server.diffusion.base import load_base
+from atelier_server.diffusion.conditioning import Conditioning, Framing
 from atelier_server.diffusion.denoiser import Denoiser
 from atelier_server.training.trainer import LoraTrainer
 from tests.unit.adapters.tiny import EVERYTHING, adapter_for
@@ -113,7 +114,8 @@ def test_the_loss_curve_is_pefts(
     pieces = trainer.prepare()
     rows = bank.gather([[(1, 1.0)], [], [(1, 0.5), (2, -1.0)], [(2, 1.0)]])
     shape = (4, *base.latent_shape(64, 64))
-    embeds = base.encode_prompt("a red house").expand(4, -1, -1)
+    text = base.encode_prompt("a red house")
+    embeds = Conditioning.stack([base.family.condition(text, Framing.whole(64, 64))] * 4)
     painted = []
 
     def paint() -> None:

@@ -45,7 +45,7 @@ ROOMS: dict[str, set[str]] = {
     "pocket": set(),
 }
 # The worker's entry is where the desk, the wardrobe, the maths and the teacher are wired.
-ENTRY = {"workers.device", "workers.process", "workers.runner"}
+ENTRY = {"workers.device", "workers.process", "workers.runner", "workers.texts"}
 ENTRY_MAY = {
     *NOUNS,
     *MESSAGES,

@@ -13,6 +13,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
+from atelier_server.diffusion.conditioning import Conditioning
 from atelier_server.diffusion.trajectory import Trajectory
 
 
@@ -21,8 +22,8 @@ class Picture:
     """A picture in the making. `negative` is None when there is no guidance."""
 
     trajectory: Trajectory
-    prompt: Tensor  # [tokens, dim]
-    negative: Tensor | None  # [tokens, dim]
+    prompt: Conditioning
+    negative: Conditioning | None
     guidance_scale: float
     guidance_rescale: float = 0.0
 
@@ -40,10 +41,14 @@ class Denoiser:
         self.num_train_timesteps: int = self._noise_scheduler.config.num_train_timesteps
         self.prediction_type: str = self._noise_scheduler.config.prediction_type
 
-    def predict(self, latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """The prediction [b, C, h, w] for [b, C, h, w] latents at [b] timesteps, [b, tokens, dim] prompts."""
+    def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """The prediction [b, C, h, w] for [b, C, h, w] latents at [b] timesteps."""
         prediction: Tensor = self._unet(
-            latents, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False
+            latents,
+            timesteps,
+            encoder_hidden_states=conditioning.prompt_embeds,
+            added_cond_kwargs=dict(conditioning.added),
+            return_dict=False,
         )[0]
         return prediction
 
@@ -53,21 +58,24 @@ class Denoiser:
 
         Rows follow the order of the pictures, the negative prompt's row first; the rest is zeros.
         """
-        latents, timesteps, prompts = [], [], []
+        latents: list[Tensor] = []
+        timesteps: list[Tensor] = []
+        conditions: list[Conditioning] = []
         for picture in pictures:
             model_input = picture.trajectory.model_input()
-            for embeds in (picture.negative, picture.prompt):
-                if embeds is not None:
+            for conditioning in (picture.negative, picture.prompt):
+                if conditioning is not None:
                     latents.append(model_input)
                     timesteps.append(picture.trajectory.timestep.float())
-                    prompts.append(embeds)
+                    conditions.append(conditioning)
         if (padding := bucket - len(latents)) < 0:
             raise ValueError(f"{len(latents)} rows do not fit a bucket of {bucket}")
         latents += [torch.zeros_like(latents[0])] * padding
         timesteps += [torch.zeros(())] * padding
-        prompts += [torch.zeros_like(prompts[0])] * padding
         device = latents[0].device
-        prediction = self.predict(torch.cat(latents), torch.stack(timesteps).to(device), torch.stack(prompts))
+        prediction = self.predict(
+            torch.cat(latents), torch.stack(timesteps).to(device), Conditioning.stack(conditions, bucket)
+        )
         row = 0
         for picture in pictures:
             picture.trajectory.advance(_guided(prediction[row : row + picture.rows], picture))
@@ -78,7 +86,7 @@ class Denoiser:
         latents: Tensor,
         noise: Tensor,
         timesteps: Tensor,
-        prompt_embeds: Tensor,
+        conditioning: Conditioning,
         snr_gamma: float | None = None,
     ) -> Tensor:
         """Mean squared error of each row against what the base predicts (noise, velocity or sample), [b].
@@ -86,7 +94,7 @@ class Denoiser:
         `snr_gamma` turns on Min-SNR weighting (arXiv 2303.09556).
         """
         noisy = self._noise_scheduler.add_noise(latents, noise, timesteps)
-        prediction = self.predict(noisy.to(prompt_embeds.dtype), timesteps, prompt_embeds)
+        prediction = self.predict(noisy.to(conditioning.prompt_embeds.dtype), timesteps, conditioning)
         target = self._target(latents, noise, timesteps)
         error = F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
         if snr_gamma is None:

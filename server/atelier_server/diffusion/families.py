@@ -1,54 +1,154 @@
-"""Model families: what a base must look like to be served, one entry a family, no if-ladders elsewhere."""
+"""Model families: how a base is told, how it hears its texts, and what else its U-Net wants to know.
+
+One entry a family in `FAMILIES`; denoiser and trainer ask the family and know none by name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers import StableDiffusionPipeline
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from atelier_server.diffusion.conditioning import Conditioning, Framing, TextEmbeds
+from atelier_server.diffusion.text import TextEncoder
 
 
 class UnsupportedModel(ValueError):
     """The files are a model, but of no family that is served here."""
 
 
-@dataclass(frozen=True, slots=True)
+_UNET_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(UNet2DConditionModel.__init__).parameters.items()
+}
+
+
+@dataclass(frozen=True)
 class Family:
-    """A family, told by its pipeline class and by facts of its U-Net's config."""
+    """Latent diffusion with one text encoder: the U-Net hears its last states, normalised, and nothing else.
+
+    `components` are the parts with weights and their classes, the text encoders in the order in which their
+    states are put side by side. `single_file` is what diffusers calls a checkpoint of the family,
+    `without` names what else its pipeline has and we do not load.
+    """
 
     name: str
-    pipeline: type[StableDiffusionPipeline]
-    pipeline_classes: tuple[str, ...]
+    pipeline: type[DiffusionPipeline]
+    components: Mapping[str, type[Any]]
     unet_facts: Mapping[str, object]
+    single_file: str
+    without: Mapping[str, object]
+    upcasts_vae: bool = False
+    """Whether the pipeline heeds the VAE's `force_upcast`: its decoder overflows in float16."""
 
-    def mismatch(self, pipeline_class: str, unet_config: Mapping[str, Any]) -> str:
-        """Why a model is not of this family; empty if it is."""
-        if pipeline_class not in self.pipeline_classes:
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        return tuple(name for name in self.components if name.startswith("text_encoder"))
+
+    def mismatch(self, index: Mapping[str, Any], unet_config: Mapping[str, Any]) -> str:
+        """Why a model_index.json and its U-Net's config are not of this family; "" if they are."""
+        pipeline_class = index.get("_class_name")
+        if pipeline_class != self.pipeline.__name__:
             return f"its pipeline is {pipeline_class}"
+        for name, cls in self.components.items():
+            found = (index.get(name) or [None, None])[1]
+            if found != cls.__name__:
+                return f"its {name} is {found or 'missing'} instead of {cls.__name__}"
         for key, value in self.unet_facts.items():
-            if unet_config.get(key) != value:
-                return f"its U-Net has {key}={unet_config.get(key)!r} instead of {value!r}"
+            # Old configs leave out what has its default.
+            told = unet_config.get(key, _UNET_DEFAULTS.get(key))
+            if told != value:
+                return f"its U-Net has {key}={told!r} instead of {value!r}"
         return ""
 
+    def encode(self, encoders: Sequence[TextEncoder], text: str, clip_skip: int) -> TextEmbeds:
+        """A text, heard `clip_skip` layers before the end."""
+        (encoder,) = encoders
+        return TextEmbeds(encoder.normalize(encoder.encode(encoder.tokenize(text)).states[clip_skip]))
+
+    def condition(self, text: TextEmbeds, framing: Framing) -> Conditioning:  # noqa: ARG002 - SDXL hears it
+        """A row of the U-Net's conditioning."""
+        return Conditioning(text.states)
+
+
+class ExtendedFamily(Family):
+    """SDXL (arXiv 2307.01952): two encoders' penultimate states side by side, and pooled text and framing."""
+
+    def encode(self, encoders: Sequence[TextEncoder], text: str, clip_skip: int) -> TextEmbeds:
+        encoded = [encoder.encode(encoder.tokenize(text)) for encoder in encoders]
+        states = [one.states[1 + clip_skip] for one in encoded]
+        return TextEmbeds(torch.cat(states, dim=-1), encoded[-1].projected)
+
+    def condition(self, text: TextEmbeds, framing: Framing) -> Conditioning:
+        assert text.pooled is not None
+        times = text.states.new_tensor([*framing.original, *framing.corner, *framing.target])
+        return Conditioning(text.states, {"text_embeds": text.pooled, "time_ids": times})
+
+
+_PARTS: Mapping[str, type[Any]] = {
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+}
+_NO_EYES = {"feature_extractor": None, "image_encoder": None}
+_NO_CHECKER = {**_NO_EYES, "safety_checker": None, "requires_safety_checker": False}
+# Four latent channels in, nothing that we do not condition on.
+_PLAIN = {"in_channels": 4, "time_cond_proj_dim": None, "class_embed_type": None, "encoder_hid_dim": None}
 
 # Stable Diffusion 1.x (arXiv 2112.10752) and whatever has its layout, `pocket` among it.
 SD1 = Family(
     name="sd1",
     pipeline=StableDiffusionPipeline,
-    pipeline_classes=("StableDiffusionPipeline",),
-    unet_facts={"in_channels": 4, "addition_embed_type": None, "use_linear_projection": False},
+    components=_PARTS,
+    unet_facts={**_PLAIN, "addition_embed_type": None, "use_linear_projection": False},
+    single_file="v1",
+    without=_NO_CHECKER,
+)
+# Stable Diffusion 2.x: OpenCLIP's text encoder (its files leave out the last layer, so that the last states
+# are the penultimate ones), often v-prediction.
+SD2 = Family(
+    name="sd2",
+    pipeline=StableDiffusionPipeline,
+    components=_PARTS,
+    unet_facts={**_PLAIN, "addition_embed_type": None, "use_linear_projection": True},
+    single_file="v2",
+    without=_NO_CHECKER,
+)
+SDXL = ExtendedFamily(
+    name="sdxl",
+    pipeline=StableDiffusionXLPipeline,
+    components={**_PARTS, "text_encoder_2": CLIPTextModelWithProjection},
+    unet_facts={**_PLAIN, "addition_embed_type": "text_time"},
+    single_file="xl_base",
+    without=_NO_EYES,
+    upcasts_vae=True,
 )
 
-FAMILIES = (SD1,)
+FAMILIES = (SD1, SD2, SDXL)
 
 
-def detect(pipeline_class: str, unet_config: Mapping[str, Any]) -> Family:
-    """The family of a model. Raises UnsupportedModel, which says what was found and what is served."""
+def detect(index: Mapping[str, Any], unet_config: Mapping[str, Any]) -> Family:
+    """The family of a model_index.json and its U-Net's config.
+
+    Raises UnsupportedModel, which says what was found and what is served.
+    """
     reasons = []
     for family in FAMILIES:
-        reason = family.mismatch(pipeline_class, unet_config)
+        reason = family.mismatch(index, unet_config)
         if not reason:
             return family
         reasons.append(f"not {family.name}: {reason}")
-    raise UnsupportedModel("; ".join(reasons))
+    parts = sorted((name, part[1]) for name, part in index.items() if isinstance(part, list) and part[1])
+    told = ", ".join(f"{name} {cls}" for name, cls in parts) or "nothing"
+    raise UnsupportedModel(f"found {index.get('_class_name')} of {told}; {'; '.join(reasons)}")

@@ -8,7 +8,7 @@ picture (`CROPS`), since an uncached crop would cost an encoding a step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Generator, Tensor
 
 from atelier_server.core import Recipe, TrainingImage
 from atelier_server.diffusion.base import BaseModel
+from atelier_server.diffusion.conditioning import Conditioning, Framing, TextEmbeds
 from atelier_server.errors import InvalidRequest, Violation
 
 CROPS = 8  # random crops a picture
@@ -29,6 +30,7 @@ class View:
 
     mean: Tensor
     std: Tensor
+    framing: Framing
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,10 +43,11 @@ class Example:
 
 @dataclass(slots=True, eq=False)
 class Dataset:
-    """What a training looks at. `prompts` maps captions to embeddings [tokens, dim] on the device."""
+    """What a training looks at: pictures, captions as the U-Net hears them, and what a dropped one is."""
 
     examples: list[Example] = field(default_factory=list)
-    prompts: dict[str, Tensor] = field(default_factory=dict)
+    prompts: dict[str, TextEmbeds] = field(default_factory=dict)
+    dropped: TextEmbeds | None = None
 
     def fill(
         self, images: Sequence[TrainingImage], recipe: Recipe, base: BaseModel, generator: Generator
@@ -55,21 +58,23 @@ class Dataset:
         """
         for number, image in enumerate(images):
             views = []
-            for pixels in crops(_decoded(image, number), recipe, generator):
-                mean, std = base.encode_image(pixels)
-                views.append(View(mean.float().cpu(), std.float().cpu()))
+            for crop in crops(_decoded(image, number), recipe, generator):
+                mean, std = base.encode_image(crop.pixels)
+                views.append(View(mean.float().cpu(), std.float().cpu(), crop.framing))
                 yield
             self.examples.append(Example(tuple(views), image.caption or recipe.instance_prompt))
-        captions = {example.caption for example in self.examples}
-        if recipe.caption_dropout > 0:
-            captions.add("")
-        for caption in sorted(captions):
+        for caption in sorted({example.caption for example in self.examples}):
             self.prompts[caption] = base.encode_prompt(caption)
+            yield
+        if recipe.caption_dropout > 0:
+            # What guidance will later take for no prompt.
+            self.dropped = base.encode_negative("")
             yield
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything that is cached, for whoever counts memory."""
-        yield from self.prompts.values()
+        for text in (*self.prompts.values(), self.dropped):
+            yield from () if text is None else text.tensors()
         for view in (view for example in self.examples for view in example.views):
             yield from (view.mean, view.std)
 
@@ -87,8 +92,16 @@ def upright(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def crops(image: Image.Image, recipe: Recipe, generator: Generator) -> list[Tensor]:
-    """The squares of a picture that the training sees, each [3, resolution, resolution] in -1..1.
+@dataclass(frozen=True, slots=True, eq=False)
+class Crop:
+    """A square of a picture, [3, resolution, resolution] in -1..1, and where it was cut."""
+
+    pixels: Tensor
+    framing: Framing
+
+
+def crops(image: Image.Image, recipe: Recipe, generator: Generator) -> list[Crop]:
+    """The squares of a picture that the training sees.
 
     One at the centre, or CROPS random ones if `random_crop` and the picture is no square; with `random_flip`
     each is followed by its mirror image.
@@ -106,10 +119,12 @@ def crops(image: Image.Image, recipe: Recipe, generator: Generator) -> list[Tens
         corners = [(slack[0] // 2, slack[1] // 2)]
     squares = []
     for left, top in corners:
-        square = _pixels(scaled.crop((left, top, left + size, top + size)))
-        squares.append(square)
+        pixels = _pixels(scaled.crop((left, top, left + size, top + size)))
+        original, target = (image.height, image.width), (size, size)
+        squares.append(Crop(pixels, Framing(original, (top, left), target)))
         if recipe.random_flip:
-            squares.append(square.flip(-1))
+            # Cut from the mirrored picture.
+            squares.append(Crop(pixels.flip(-1), Framing(original, (top, slack[0] - left), target)))
     return squares
 
 
@@ -134,25 +149,26 @@ class Order:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Rows of one micro-step: latents and noise [b,C,h,w], timesteps [b] (int64), prompts [b,tokens,dim]."""
+    """Rows of one micro-step: latents and noise [b,C,h,w], timesteps [b] (int64), b rows of conditioning."""
 
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
-    prompt_embeds: Tensor
+    conditioning: Conditioning
 
     @classmethod
     def draw(
         cls,
         examples: Sequence[Example],
-        prompts: Mapping[str, Tensor],
+        dataset: Dataset,
         *,
+        condition: Callable[[TextEmbeds, Framing], Conditioning],
         caption_dropout: float,
         num_train_timesteps: int,
         generator: Generator,
     ) -> Batch:
-        """One row an example. All chance comes from `generator` (CPU), in a fixed order; lies on the CPU
-        except for the prompts."""
+        """One row an example of `dataset`. All chance comes from `generator` (CPU), in a fixed order; lies on
+        the CPU except for the conditioning."""
         views = [e.views[int(torch.randint(len(e.views), (), generator=generator))] for e in examples]
         mean = torch.stack([view.mean for view in views])
         std = torch.stack([view.std for view in views])
@@ -160,8 +176,11 @@ class Batch:
         noise = torch.randn(mean.shape, generator=generator)
         timesteps = torch.randint(num_train_timesteps, (len(views),), generator=generator)
         dropped = (torch.rand(len(views), generator=generator) < caption_dropout).tolist()
-        captions = ["" if drop else e.caption for drop, e in zip(dropped, examples, strict=True)]
-        return cls(latents, noise, timesteps, torch.stack([prompts[caption] for caption in captions]))
+        rows = []
+        for drop, example, view in zip(dropped, examples, views, strict=True):
+            text = dataset.dropped if drop and dataset.dropped else dataset.prompts[example.caption]
+            rows.append(condition(text, view.framing))
+        return cls(latents, noise, timesteps, Conditioning.stack(rows))
 
 
 def _decoded(image: TrainingImage, number: int) -> Image.Image:

@@ -237,7 +237,7 @@ class LoraTrainer:
             batch.latents.to(device),
             batch.noise.to(device),
             batch.timesteps.to(device),
-            batch.prompt_embeds,
+            batch.conditioning,
             self._recipe.snr_gamma,
         ).mean()
 
@@ -260,7 +260,8 @@ class LoraTrainer:
         indices = self._order.take(self._recipe.train_batch_size, len(examples), self._generator)
         return Batch.draw(
             [examples[index] for index in indices],
-            self._dataset.prompts,
+            self._dataset,
+            condition=self._base.family.condition,
             caption_dropout=self._recipe.caption_dropout,
             num_train_timesteps=self._denoiser.num_train_timesteps,
             generator=self._generator,

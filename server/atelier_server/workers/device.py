@@ -80,8 +80,7 @@ def out_of_memory(error: Exception, device: torch.device) -> OutOfMemory | None:
 
 def weight_bytes(base: BaseModel) -> int:
     """Memory of the base's weights."""
-    modules = (base.unet, base.vae, base.text_encoder)
-    return sum(p.nbytes for module in modules for p in module.parameters())
+    return sum(p.nbytes for module in base.modules.values() for p in module.parameters())
 
 
 def _description(device: torch.device) -> str:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import cast
@@ -26,6 +26,7 @@ from atelier_server.adapters.store import ADAPTER_FILE, AdapterStore, Checkpoint
 from atelier_server.adapters.stored import decode_stored, write_stored
 from atelier_server.core import AdapterUse, BaseInfo, CheckpointId, TrainingJob
 from atelier_server.diffusion.base import load_base
+from atelier_server.diffusion.conditioning import Conditioning, Framing
 from atelier_server.diffusion.denoiser import Denoiser, Picture
 from atelier_server.diffusion.images import encode_picture
 from atelier_server.diffusion.trajectory import Trajectory
@@ -36,8 +37,7 @@ from atelier_server.messages import WorkerSettings
 from atelier_server.receipt import receipt
 from atelier_server.training.trainer import LoraTrainer
 from atelier_server.workers import device
-
-_CACHED_PROMPTS = 512
+from atelier_server.workers.texts import Texts
 
 
 class TorchRunner:
@@ -53,7 +53,7 @@ class TorchRunner:
         self._info = device.describe(self.base, self.denoiser.prediction_type)
         self.store = AdapterStore(Path(settings.data_dir) / "adapters")
         self._pictures: dict[int, Picture] = {}  # by arrival
-        self._prompts: OrderedDict[str, Tensor] = OrderedDict()
+        self._texts = Texts(self.base)
         self._verified: set[AdapterUse] = set()
         self.host = HostTier(self._read, settings.host_adapter_bytes)
         # Told by the heartbeat's thread, so counted here and not there.
@@ -79,10 +79,11 @@ class TorchRunner:
             device=self.base.device,
             dtype=self.base.dtype,
         )
+        condition = partial(self.base.family.condition, framing=Framing.whole(job.width, job.height))
         self._pictures[task.arrival] = Picture(
             trajectory=trajectory,
-            prompt=self._prompt(job.prompt),
-            negative=self._prompt(job.negative_prompt) if job.guided else None,
+            prompt=condition(self._texts.prompt(job.prompt)),
+            negative=condition(self._texts.negative(job.negative_prompt)) if job.guided else None,
             guidance_scale=job.guidance_scale,
             guidance_rescale=job.guidance_rescale,
         )
@@ -127,15 +128,6 @@ class TorchRunner:
             done(Decoded(b"", error=error))
         else:
             done(Decoded(data, decoded - began, monotonic() - decoded))
-
-    def _prompt(self, text: str) -> Tensor:
-        """The prompt's embedding, cached: the same words come again with every picture of a request."""
-        if (embeds := self._prompts.get(text)) is None:
-            embeds = self._prompts[text] = self.base.encode_prompt(text)
-        self._prompts.move_to_end(text)
-        while len(self._prompts) > _CACHED_PROMPTS:
-            self._prompts.popitem(last=False)
-        return embeds
 
     def gather(self, rows: list[list[tuple[int, float]]]) -> ActiveRows:
         """The bank's rows, gathered anew only when the batch or a slot has changed."""
@@ -225,7 +217,8 @@ class TorchRunner:
         base, seconds = self.base, 0.0
         shape = base.latent_shape(base.native_width, base.native_height)
         latents = torch.zeros((2, *shape), device=base.device, dtype=base.dtype)
-        prompts = self._prompt("").expand(2, -1, -1)
+        framing = Framing.whole(base.native_width, base.native_height)
+        prompts = Conditioning.stack([base.family.condition(self._texts.prompt(""), framing)], 2)
         timesteps = torch.zeros(2, device=base.device)
         for _ in range(2):
             before = monotonic()

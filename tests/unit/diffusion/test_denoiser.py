@@ -12,6 +12,7 @@ from diffusers.training_utils import compute_snr
 from atelier_server import pocket
 from atelier_server.core import ROW_BUCKETS, SCHEDULERS, SchedulerOptions
 from atelier_server.diffusion.base import BaseModel, load_base
+from atelier_server.diffusion.conditioning import Conditioning, Framing
 from atelier_server.diffusion.denoiser import Denoiser, Picture
 from atelier_server.diffusion.schedulers import _REGISTRY, default_scheduler
 from atelier_server.diffusion.trajectory import Trajectory
@@ -30,6 +31,11 @@ def pipeline() -> StableDiffusionPipeline:
     pipe = StableDiffusionPipeline.from_pretrained(pocket.path(), safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def condition(base: BaseModel, text: str) -> Conditioning:
+    framing = Framing.whole(base.native_width, base.native_height)
+    return base.family.condition(base.encode_prompt(text), framing)
 
 
 def picture(
@@ -51,8 +57,8 @@ def picture(
             device=base.device,
             dtype=base.dtype,
         ),
-        prompt=base.encode_prompt(PROMPT),
-        negative=base.encode_prompt("") if scale > 1 else None,
+        prompt=condition(base, PROMPT),
+        negative=condition(base, "") if scale > 1 else None,
         guidance_scale=scale,
     )
 
@@ -143,10 +149,10 @@ def test_loss_is_the_error_against_the_target_of_the_base(base: BaseModel, predi
     shape = (3, *base.latent_shape(base.native_width, base.native_height))
     latents, noise = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
     timesteps = torch.tensor([10, 500, 990])
-    prompts = base.encode_prompt(PROMPT).expand(3, -1, -1)
+    prompts = Conditioning.stack([condition(base, PROMPT)] * 3)
     noisy = noise_scheduler.add_noise(latents, noise, timesteps)
     with torch.no_grad():
-        prediction = base.unet(noisy, timesteps, prompts).sample
+        prediction = base.unet(noisy, timesteps, prompts.prompt_embeds).sample
         target = {
             "epsilon": noise,
             "v_prediction": noise_scheduler.get_velocity(latents, noise, timesteps),

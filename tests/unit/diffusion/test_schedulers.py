@@ -13,6 +13,7 @@ from torch import Tensor
 
 from atelier_server.core import SchedulerOptions
 from atelier_server.diffusion.base import BaseModel, load_base
+from atelier_server.diffusion.conditioning import Framing
 from atelier_server.diffusion.denoiser import Denoiser, Picture
 from atelier_server.diffusion.schedulers import _REGISTRY, all_options, make_scheduler
 from atelier_server.diffusion.trajectory import Trajectory
@@ -42,7 +43,10 @@ def painted(base: BaseModel, name: str, options: SchedulerOptions) -> Tensor:
         device=base.device,
         dtype=base.dtype,
     )
-    picture = Picture(trajectory, base.encode_prompt(PROMPT), base.encode_prompt(""), 5.0, 0.6)
+    prompt, negative = (
+        base.family.condition(base.encode_prompt(text), Framing.whole(64, 64)) for text in (PROMPT, "")
+    )
+    picture = Picture(trajectory, prompt, negative, 5.0, 0.6)
     while not trajectory.finished:
         Denoiser(base.unet, base.scheduler_config).step([picture], 2)
     return trajectory.latents

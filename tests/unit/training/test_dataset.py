@@ -13,6 +13,8 @@ from PIL import Image
 
 from atelier_server.core import Recipe, TrainingImage
 from atelier_server.diffusion.base import BaseModel
+from atelier_server.diffusion.conditioning import Framing, TextEmbeds
+from atelier_server.diffusion.families import SD1
 from atelier_server.errors import InvalidRequest
 from atelier_server.training.dataset import CROPS, Batch, Dataset, Example, Order, View, crops, upright
 
@@ -66,24 +68,39 @@ def test_other_modes_become_rgb(mode: str) -> None:
 def test_every_size_becomes_a_square_in_minus_one_to_one(size: tuple[int, int], random_crop: bool) -> None:
     recipe = replace(RECIPE, random_crop=random_crop)
     squares = crops(Image.new("RGB", size, "white"), recipe, generator())
-    assert all(square.shape == (3, 16, 16) for square in squares)
-    assert all((square == 1).all() for square in squares)
+    assert all(square.pixels.shape == (3, 16, 16) for square in squares)
+    assert all((square.pixels == 1).all() for square in squares)
     assert len(squares) == (CROPS if random_crop and size[0] != size[1] else 1)
 
 
 def test_the_centre_is_cropped_and_mirrored() -> None:
     image = Image.new("RGB", (48, 16), "black")
     image.paste("white", (16, 0, 24, 16))
-    centre, mirrored = crops(image, replace(RECIPE, random_flip=True), generator())
+    squares = crops(image, replace(RECIPE, random_flip=True), generator())
+    centre, mirrored = (square.pixels for square in squares)
     assert (centre[..., :8] == 1).all()
     assert (centre[..., 8:] == -1).all()
     assert torch.equal(mirrored, centre.flip(-1))
 
 
+def test_a_crop_tells_how_it_was_cut() -> None:
+    """As diffusers' SDXL training scripts do: sizes before scaling, corners after it, mirrored first."""
+    image = Image.new("RGB", (96, 32), "black")
+    plain, mirrored = crops(image, replace(RECIPE, random_flip=True), generator())
+    assert plain.framing == mirrored.framing == Framing((32, 96), (0, 16), (16, 16))
+    recipe = replace(RECIPE, random_flip=True, random_crop=True)
+    pairs = crops(image, recipe, generator())
+    for cut, turned in zip(pairs[::2], pairs[1::2], strict=True):
+        assert cut.framing.corner[1] + turned.framing.corner[1] == 48 - 16
+    assert len({square.framing.corner for square in pairs}) > 2
+
+
 def test_random_crops_follow_the_generator() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 64, 3), dtype=np.uint8))
     recipe = replace(RECIPE, random_crop=True)
-    first, again, other = (torch.stack(crops(image, recipe, generator(s))) for s in (1, 1, 2))
+    first, again, other = (
+        torch.stack([square.pixels for square in crops(image, recipe, generator(s))]) for s in (1, 1, 2)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -97,18 +114,23 @@ def test_every_epoch_has_every_picture_once() -> None:
 
 
 def test_the_posterior_is_sampled_anew_every_time() -> None:
-    view = View(torch.full((4, 2, 2), 3.0), torch.full((4, 2, 2), 0.5))
+    view = View(torch.full((4, 2, 2), 3.0), torch.full((4, 2, 2), 0.5), Framing.whole(16, 16))
     examples, chance = [Example((view,), "otto")] * 500, generator()
-    prompts = {"otto": torch.ones(2, 3), "": torch.zeros(2, 3)}
-    draw = {"caption_dropout": 0.25, "num_train_timesteps": 1000, "generator": chance}
-    batch = Batch.draw(examples, prompts, **draw)
+    dataset = Dataset(examples, {"otto": TextEmbeds(torch.ones(2, 3))}, TextEmbeds(torch.zeros(2, 3)))
+    draw = {
+        "condition": SD1.condition,
+        "caption_dropout": 0.25,
+        "num_train_timesteps": 1000,
+        "generator": chance,
+    }
+    batch = Batch.draw(examples, dataset, **draw)
     assert batch.latents.mean() == pytest.approx(3.0, abs=0.05)
     assert batch.latents.std() == pytest.approx(0.5, abs=0.05)
     assert batch.noise.std() == pytest.approx(1.0, abs=0.05)
     assert 0 <= int(batch.timesteps.min()) < 20
     assert 980 < int(batch.timesteps.max()) < 1000
-    assert float(batch.prompt_embeds.mean()) == pytest.approx(0.75, abs=0.06)
-    assert not torch.equal(batch.latents, Batch.draw(examples, prompts, **draw).latents)
+    assert float(batch.conditioning.prompt_embeds.mean()) == pytest.approx(0.75, abs=0.06)
+    assert not torch.equal(batch.latents, Batch.draw(examples, dataset, **draw).latents)
 
 
 def test_filling_yields_between_pieces_of_device_work(
@@ -123,7 +145,7 @@ def test_filling_yields_between_pieces_of_device_work(
     recipe = replace(RECIPE, resolution=32, random_flip=True, caption_dropout=0.1)
     seen = [len(calls) for _ in dataset.fill(pictures, recipe, base, generator())]
     assert seen == list(range(1, len(calls) + 1))
-    assert calls == ["image"] * 6 + ["", "otto", "otto in the snow"]
+    assert calls == ["image"] * 6 + ["otto", "otto in the snow", ""]
     assert [example.caption for example in dataset.examples] == ["otto", "otto in the snow", "otto"]
     latents, factor = dataset.examples[0].views[0].mean, base.latent_scale
     assert latents.shape == (base.latent_channels, 32 // factor, 32 // factor)
