@@ -31,7 +31,9 @@ _SERVICE_CONFIG = {
                 "retryableStatusCodes": ["UNAVAILABLE"],
             },
         }
-    ]
+    ],
+    # When most tries fail, the server has enough to do: no more are made until some succeed.
+    "retryThrottling": {"maxTokens": 20, "tokenRatio": 0.5},
 }
 
 OPTIONS: tuple[tuple[str, str | int], ...] = (

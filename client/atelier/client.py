@@ -23,6 +23,7 @@ from atelier.records import (
     Training,
     TrainingImage,
 )
+from atelier.security import Security
 from atelier.transfer import ExportFile
 from atelier.v1 import adapter_pb2, server_pb2, training_pb2
 from atelier.v1.adapter_pb2_grpc import AdapterServiceStub
@@ -42,6 +43,9 @@ class Client:
     `address` is HOST:PORT (default: ATELIER_SERVER, else 127.0.0.1:50051). `timeout` bounds every short
     call. Generations and trainings outlive a lost connection for `reconnect_timeout` seconds. Every method
     raises the errors of `atelier.errors`.
+
+    `token` or `token_file` say who calls; `tls` encrypts, with the authorities of this machine or of
+    `tls_ca`; `tls_cert` and `tls_key` are the client's own certificate. Each has its ATELIER_* variable.
     """
 
     def __init__(
@@ -50,11 +54,20 @@ class Client:
         *,
         timeout: float | None = channel.CALL_TIMEOUT_SECONDS,
         reconnect_timeout: float = channel.RECONNECT_TIMEOUT_SECONDS,
+        token: str | None = None,
+        token_file: str | Path | None = None,
+        tls: bool | None = None,
+        tls_ca: str | Path | None = None,
+        tls_cert: str | Path | None = None,
+        tls_key: str | Path | None = None,
     ) -> None:
         self.address = address or channel.default_address()
         self._timeout = timeout
         self._reconnect_timeout = reconnect_timeout
-        self._channel = grpc.insecure_channel(self.address, options=channel.OPTIONS)
+        security = Security.of(
+            token=token, token_file=token_file, tls=tls, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key
+        )
+        self._channel = security.channel(self.address, channel.OPTIONS)
         self._generation = GenerationServiceStub(self._channel)
         self._trainings = TrainingServiceStub(self._channel)
         self._adapters = AdapterServiceStub(self._channel)

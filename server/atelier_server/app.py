@@ -25,9 +25,9 @@ from atelier_server.jobs.uploads import Uploads
 from atelier_server.jobs.wardrobe import Wardrobe
 from atelier_server.messages import Drain, WorkerSettings
 from atelier_server.metrics import Metrics, MetricsServer
-from atelier_server.preflight import check
+from atelier_server.preflight import check, open_access
 from atelier_server.rpc.health import Health
-from atelier_server.rpc.server import build_server
+from atelier_server.rpc.server import address, build_health_server, build_server, listen
 from atelier_server.workers.handle import DEFAULT_ARGV, LocalWorker
 
 _log = logging.getLogger(__name__)
@@ -42,6 +42,8 @@ class Application:
         self._settings = settings
         self._directory = DataDirectory(settings.data_dir.absolute())
         root, limits = self._directory.path, settings.limits
+        access = open_access(settings)
+        self._certificates = access.certificates
         self.metrics = Metrics()
         self.metrics.queue_limit("generate", limits.max_queued_generations)
         self.metrics.queue_limit("train", limits.max_queued_trainings)
@@ -90,12 +92,16 @@ class Application:
             limits=limits,
             metrics=self.metrics,
             health=self._health,
+            identity=access.identity,
+            reflected=settings.reflection,
         )
+        self._health_server = build_health_server(self._health) if settings.health_port >= 0 else None
         self._metrics_server: MetricsServer | None = None
         self._dispatching: asyncio.Task[None] | None = None
         self._leave = asyncio.Event()
         self._hurry = asyncio.Event()
         self.port = 0
+        self.health_port = 0
         self.metrics_port = 0
 
     # -------------------------------------------------------------------------------------------- start
@@ -107,10 +113,9 @@ class Application:
         await asyncio.to_thread(self._store.sweep)
         await self.trainings.sweep()
         self.metrics.stored_checkpoints(await asyncio.to_thread(count_checkpoints, self._store))
-        try:
-            self.port = self._server.add_insecure_port(address(settings.host, settings.port))
-        except RuntimeError as error:
-            raise StartError(f"cannot listen on {address(settings.host, settings.port)}") from error
+        self.port = listen(self._server, settings.host, settings.port, self._certificates)
+        if self._health_server is not None:
+            self.health_port = listen(self._health_server, settings.host, settings.health_port)
         if settings.metrics_port >= 0:
             try:
                 self._metrics_server = MetricsServer(self.metrics, settings.host, settings.metrics_port)
@@ -120,6 +125,8 @@ class Application:
             self.metrics_port = self._metrics_server.port
         await self._runs.start()
         await self._server.start()
+        if self._health_server is not None:
+            await self._health_server.start()
         self._announce()
         self._dispatching = asyncio.create_task(self._dispatcher.run(), name="dispatch")
 
@@ -129,7 +136,11 @@ class Application:
 
     def _announce(self) -> None:
         self._directory.announce(
-            port=self.port, metrics_port=self.metrics_port, pid=os.getpid(), worker_pid=self.worker.pid
+            port=self.port,
+            metrics_port=self.metrics_port,
+            health_port=self.health_port,
+            pid=os.getpid(),
+            worker_pid=self.worker.pid,
         )
 
     # --------------------------------------------------------------------------------------------- serve
@@ -190,6 +201,8 @@ class Application:
         await self._runs.stop()
         self._log.drain()
         await self._server.stop(_GRACE_SECONDS)
+        if self._health_server is not None:
+            await self._health_server.stop(None)
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.stop)
         self._book.close()
@@ -207,11 +220,6 @@ def worker_settings(settings: Settings, data_dir: Path) -> WorkerSettings:
         host_adapter_bytes=settings.host_adapter_bytes,
         max_lora_rank=settings.limits.max_lora_rank,
     )
-
-
-def address(host: str, port: int) -> str:
-    """HOST:PORT, with brackets around an IPv6 address."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 async def run(settings: Settings, worker_argv: Sequence[str] = DEFAULT_ARGV) -> None:

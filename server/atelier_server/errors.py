@@ -25,6 +25,8 @@ AtelierError                       INTERNAL             INTERNAL
 |   +-- WorkerNotReady             UNAVAILABLE          WORKER_NOT_READY
 |   +-- WorkerLost                 UNAVAILABLE          WORKER_LOST
 |   +-- ServerDraining             UNAVAILABLE          SERVER_DRAINING
++-- Unauthenticated                UNAUTHENTICATED      UNAUTHENTICATED
+|   +-- TokenExpired               UNAUTHENTICATED      TOKEN_EXPIRED
 +-- DataLoss                       DATA_LOSS            ADAPTER_CORRUPT
 +-- CrashLoop                      ABORTED              TRAINING_CRASH_LOOP
 +-- DeadlineTooShort               DEADLINE_EXCEEDED    DEADLINE_TOO_SHORT
@@ -203,6 +205,17 @@ class WorkerLost(Unavailable):
 
 class ServerDraining(Unavailable):
     reason = "SERVER_DRAINING"
+
+
+class Unauthenticated(AtelierError):
+    """Nobody is told what was wrong with a token, but that it has expired: only its holder can know it."""
+
+    status = "UNAUTHENTICATED"
+    reason = "UNAUTHENTICATED"
+
+
+class TokenExpired(Unauthenticated):
+    reason = "TOKEN_EXPIRED"
 
 
 class DataLoss(AtelierError):

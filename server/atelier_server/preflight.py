@@ -4,17 +4,56 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from dataclasses import dataclass
 
+from atelier_server.access.identity import Identity, identity_of
+from atelier_server.access.tokens import Tokens
 from atelier_server.config import Settings
 from atelier_server.data_directory import DataDirectory
 from atelier_server.errors import StartError
+from atelier_server.rpc.tls import Certificates
 
 
 def check(settings: Settings) -> None:
     """Raises StartError with every problem."""
-    problems = [*_directory(settings), *_ports(settings)]
+    problems = [*_directory(settings), *_access(settings), *_ports(settings)]
     if problems:
         raise StartError(*problems)
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Whom the server lets in, and how it proves to be itself."""
+
+    identity: Identity
+    certificates: Certificates | None
+
+
+def open_access(settings: Settings) -> Access:
+    """Reads the files of tokens and certificates. Raises StartError with every problem in them."""
+    problems: list[str] = []
+    certificates = tokens = None
+    if settings.cert_file and settings.key_file:
+        try:
+            certificates = Certificates(settings.cert_file, settings.key_file, settings.client_ca_file)
+        except StartError as error:
+            problems += error.problems
+    if settings.tokens_file:
+        try:
+            tokens = Tokens(settings.tokens_file, settings.quotas)
+        except StartError as error:
+            problems += error.problems
+    if problems:
+        raise StartError(*problems)
+    identity = identity_of(tokens, settings.quotas, certificates=settings.client_ca_file is not None)
+    return Access(identity, certificates)
+
+
+def _access(settings: Settings) -> Iterator[str]:
+    try:
+        open_access(settings)
+    except StartError as error:
+        yield from error.problems
 
 
 def _directory(settings: Settings) -> Iterator[str]:

@@ -17,13 +17,19 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 START_SECONDS = 120
+# A server with a scripted worker: for tests of what the front does by itself.
+FRONT = "tests.process.front"
 
 
 class Server:
-    """`python -m atelier_server` on `data_dir`; `stop` and `kill` leave the data."""
+    """`python -m atelier_server` on `data_dir`; `stop` and `kill` leave the data.
 
-    def __init__(self, data_dir: Path, *options: str) -> None:
+    With `--health-port` among the options health is asked there, without TLS.
+    """
+
+    def __init__(self, data_dir: Path, *options: str, module: str = "atelier_server") -> None:
         self.data_dir = data_dir
+        self._module = module
         self._options = options
         self._port = 0
         self._process: subprocess.Popen[str] | None = None
@@ -34,7 +40,7 @@ class Server:
         with (self.data_dir / "server.log").open("a") as log:
             self._process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "atelier_server", "--model", "pocket", "--device", "cpu"),
+                    *(sys.executable, "-m", self._module, "--model", "pocket", "--device", "cpu"),
                     *("--port", str(self._port), "--metrics-port", "0", "--threads", "1"),
                     *("--data-dir", str(self.data_dir), *self._options),
                 ],
@@ -62,16 +68,20 @@ class Server:
     def log(self) -> str:
         return (self.data_dir / "server.log").read_text()[-4000:]
 
+    @property
+    def health_address(self) -> str:
+        return f"127.0.0.1:{self.state['health_port'] or self._port}"
+
     def wait_ready(self) -> None:
         """Watches the health service until generations are served."""
         request = health_pb2.HealthCheckRequest(service="atelier.v1.GenerationService")
-        with grpc.insecure_channel(self.address) as channel:
+        with grpc.insecure_channel(self.health_address) as channel:
             for answer in health_pb2_grpc.HealthStub(channel).Watch(request, timeout=START_SECONDS):
                 if answer.status == health_pb2.HealthCheckResponse.SERVING:
                     return
 
     def health(self, service: str = "") -> int:
-        with grpc.insecure_channel(self.address) as channel:
+        with grpc.insecure_channel(self.health_address) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             return int(stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5).status)
 

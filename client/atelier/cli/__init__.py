@@ -8,6 +8,7 @@ from atelier.cli.demo import demo
 from atelier.cli.generate import generate
 from atelier.cli.info import info
 from atelier.cli.serve import serve
+from atelier.cli.token import token
 from atelier.cli.train import train
 from atelier.cli.trainings import trainings
 
@@ -20,6 +21,7 @@ for command in (demo, train, generate, info):
     cli.command()(command)
 cli.add_typer(adapters, name="adapters")
 cli.add_typer(trainings, name="trainings")
+cli.add_typer(token, name="token")
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from atelier.cli import app, flags, output
-from atelier.client import Client
+from atelier.cli.connection import connect
 from atelier.records import Adapter
 
 adapters = app.group("What the server has learned: list, inspect, move.")
@@ -26,7 +26,7 @@ def list_(
     json: flags.Json = False,
 ) -> None:
     """List adapters by name."""
-    with Client(server) as client:
+    with connect(server) as client:
         found = list(client.list_adapters(all_versions=all_versions))
     if json:
         output.print_json({"adapters": [output.record(adapter) for adapter in found]})
@@ -45,7 +45,7 @@ def show(
     adapter: Reference, *, server: flags.Server = flags.DEFAULT_SERVER, json: flags.Json = False
 ) -> None:
     """Describe one version with all its checkpoints."""
-    with Client(server) as client:
+    with connect(server) as client:
         _show(client.get_adapter(adapter), json)
 
 
@@ -54,7 +54,7 @@ def load(
     adapter: Reference, *, server: flags.Server = flags.DEFAULT_SERVER, json: flags.Json = False
 ) -> None:
     """Copy a checkpoint into a device slot before it is asked for."""
-    with Client(server) as client:
+    with connect(server) as client:
         loaded = client.load_adapter(adapter)
     if json:
         output.print_json(output.record(loaded))
@@ -67,7 +67,7 @@ def unload(
     adapter: Reference, *, server: flags.Server = flags.DEFAULT_SERVER, json: flags.Json = False
 ) -> None:
     """Free an adapter's device slots."""
-    with Client(server) as client:
+    with connect(server) as client:
         unloaded = client.unload_adapter(adapter)
     if json:
         output.print_json({"unloaded": unloaded})
@@ -83,7 +83,7 @@ def delete(
     json: flags.Json = False,
 ) -> None:
     """Delete an adapter with all its versions, or one version."""
-    with Client(server) as client:
+    with connect(server) as client:
         client.delete_adapter(adapter)
     if json:
         output.print_json({})
@@ -102,7 +102,7 @@ def import_(
     json: flags.Json = False,
 ) -> None:
     """Publish an adapter from a file."""
-    with Client(server) as client:
+    with connect(server) as client:
         imported = client.import_adapter(source, name, new_version=new_version, trigger=trigger)
     if json:
         output.print_json(output.record(imported))
@@ -123,7 +123,7 @@ def export(
     json: flags.Json = False,
 ) -> None:
     """Write a checkpoint as one safetensors file."""
-    with Client(server) as client:
+    with connect(server) as client:
         exported = client.export_adapter(adapter, out, format)
     if json:
         output.print_json({**output.record(exported), "path": str(exported.path)})

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
 
 from atelier.cli import output
+from atelier.cli.connection import with_connection
 from atelier.errors import AtelierError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Commands(TyperGroup):
@@ -34,9 +38,22 @@ class _Said(logging.Handler):
         output.say(record.getMessage())
 
 
-def group(text: str) -> typer.Typer:
+class App(typer.Typer):
+    """Commands that talk to a server get the flags of a connection."""
+
+    def command(self, *args: Any, **kwargs: Any) -> Callable[[Command], Command]:
+        register = super().command(*args, **kwargs)
+
+        def decorate(command: Command) -> Command:
+            register(with_connection(command))
+            return command
+
+        return decorate
+
+
+def group(text: str) -> App:
     """A group of commands."""
-    return typer.Typer(cls=Commands, help=text, no_args_is_help=True, add_completion=False)
+    return App(cls=Commands, help=text, no_args_is_help=True, add_completion=False)
 
 
 def listen() -> None:

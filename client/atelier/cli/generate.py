@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from atelier.cli import flags, hints, output
-from atelier.client import Client
+from atelier.cli.connection import connect
 from atelier.events import Completed, GenerationEvent, Image, Progress, Queued
 from atelier.fields import GenerateFields
 from atelier.sheet import contact_sheet
@@ -38,7 +38,7 @@ def generate(
     """Paint pictures. The file format follows the suffix of -o."""
     target = _target(out, fields)
     adapters = adapter or []
-    with Client(server) as client:
+    with connect(server) as client:
         client.server_info()  # a wrong address is told at once, not after the time for reconnecting
         for hint in hints.missing_triggers(client, prompt, adapters):
             output.say(hint)

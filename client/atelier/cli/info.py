@@ -5,12 +5,12 @@ from __future__ import annotations
 import typer
 
 from atelier.cli import flags, output
-from atelier.client import Client
+from atelier.cli.connection import connect
 
 
 def info(*, server: flags.Server = flags.DEFAULT_SERVER, json: flags.Json = False) -> None:
     """Describe the server; exit 0 only when its worker is ready."""
-    with Client(server) as client:
+    with connect(server) as client:
         told = client.server_info()
     if json:
         output.print_json(output.record(told))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from atelier.cli import flags, output
-from atelier.client import Client
+from atelier.cli.connection import connect
 from atelier.events import (
     CheckpointPublished,
     Sample,
@@ -43,7 +43,7 @@ def train(
     fields: dict[str, Any],
 ) -> None:
     """Teach the server a subject. Ctrl-C detaches; the training goes on."""
-    with Client(server) as client:
+    with connect(server) as client:
         client.server_info()  # a wrong address is told at once, not after the time for reconnecting
         events = client.train(
             name,

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from atelier.cli import app, flags, output
+from atelier.cli.connection import connect
 from atelier.cli.train import SamplesFolder, follow
-from atelier.client import Client
 from atelier.records import Training
 
 trainings = app.group("Trainings: list, watch, stop, go on.")
@@ -21,7 +21,7 @@ Id = Annotated[str, typer.Argument(metavar="TRAINING", help="its id, or an adapt
 @trainings.command("list")
 def list_(*, server: flags.Server = flags.DEFAULT_SERVER, json: flags.Json = False) -> None:
     """List trainings, newest first."""
-    with Client(server) as client:
+    with connect(server) as client:
         found = list(client.list_trainings())
     if json:
         output.print_json({"trainings": [output.record(training) for training in found]})
@@ -37,7 +37,7 @@ def list_(*, server: flags.Server = flags.DEFAULT_SERVER, json: flags.Json = Fal
 @trainings.command()
 def show(training: Id, *, server: flags.Server = flags.DEFAULT_SERVER, json: flags.Json = False) -> None:
     """Describe a training."""
-    with Client(server) as client:
+    with connect(server) as client:
         _show(client.get_training(training), json)
 
 
@@ -51,7 +51,7 @@ def watch(
     json: flags.Json = False,
 ) -> None:
     """Follow a training: the events that have been, then those to come. Ctrl-C leaves it running."""
-    with Client(server) as client:
+    with connect(server) as client:
         events = client.watch_training(training, after_seq=after_seq)
         follow(events, json=json, samples=samples, training=training)
 
@@ -59,21 +59,21 @@ def watch(
 @trainings.command()
 def cancel(training: Id, *, server: flags.Server = flags.DEFAULT_SERVER, json: flags.Json = False) -> None:
     """Stop a training and keep what it has learned."""
-    with Client(server) as client:
+    with connect(server) as client:
         _show(client.cancel_training(training), json)
 
 
 @trainings.command()
 def resume(training: Id, *, server: flags.Server = flags.DEFAULT_SERVER, json: flags.Json = False) -> None:
     """Queue a cancelled or failed training again, from its last checkpoint."""
-    with Client(server) as client:
+    with connect(server) as client:
         _show(client.resume_training(training), json)
 
 
 @trainings.command()
 def delete(training: Id, *, server: flags.Server = flags.DEFAULT_SERVER, json: flags.Json = False) -> None:
     """Delete a training's record, pictures and samples; its adapter stays."""
-    with Client(server) as client:
+    with connect(server) as client:
         client.delete_training(training)
     if json:
         output.print_json({})

@@ -22,7 +22,9 @@ from atelier_server.config.settings import Settings
 Key = tuple[str, ...]
 _PREFIXES = {"limits": "LIMIT", "quotas": "QUOTA"}
 # Variables of the client: they may be set where a server runs.
-_CLIENTS = {f"ATELIER_{name}" for name in ("SERVER", "TOKEN", "TOKEN_FILE", "TLS_CA", "TLS_CERT", "TLS_KEY")}
+_CLIENTS = {
+    f"ATELIER_{name}" for name in ("SERVER", "TOKEN", "TOKEN_FILE", "TLS", "TLS_CA", "TLS_CERT", "TLS_KEY")
+}
 # Kubernetes tells every pod of a Service named atelier.
 _SERVICE_LINK = re.compile(r"ATELIER_(\w+_)?(SERVICE_HOST|SERVICE_PORT\w*|PORT(_\d+_(TCP|UDP)\w*)?)")
 _MISSING = object()

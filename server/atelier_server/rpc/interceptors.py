@@ -1,4 +1,4 @@
-"""Around every call of our services: its id, its duration, and its errors as statuses."""
+"""Around every call: its id, its duration, whose it is, and its errors as statuses."""
 
 from __future__ import annotations
 
@@ -15,21 +15,25 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from atelier_server.access.identity import Identity
 from atelier_server.metrics import Metrics
-from atelier_server.rpc import status
+from atelier_server.rpc import caller, status
 
 REQUEST_ID = "x-request-id"
 _GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _OURS = "/atelier.v1."
+# Probes and balancers have no tokens. Everything else, reflection too, is for those who have one.
+_FOR_ALL = "/grpc.health.v1.Health/"
 _log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Leaves other services (health, reflection) alone: their errors are their own."""
+    """Leaves health alone: its errors are its own."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, identity: Identity) -> None:
         self._metrics = metrics
+        self._identity = identity
 
     async def intercept_service(
         self,
@@ -38,18 +42,21 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if handler is None or not method.startswith(_OURS):
+        if handler is None or method.startswith(_FOR_ALL):
             return handler
         inner: Callable[..., Any] = _behaviour(handler)
 
         async def unary(request: Any, context: Context) -> Any:
             async with _Call(method, context, self._metrics):
+                await caller.identify(self._identity, context)
                 return await inner(request, context)
 
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-            async with _Call(method, context, self._metrics), aclosing(inner(request, context)) as answers:
-                async for answer in answers:
-                    yield answer
+            async with _Call(method, context, self._metrics):
+                await caller.identify(self._identity, context)
+                async with aclosing(inner(request, context)) as answers:
+                    async for answer in answers:
+                        yield answer
 
         build: Callable[..., Any] = _BUILDERS[
             bool(handler.request_streaming), bool(handler.response_streaming)

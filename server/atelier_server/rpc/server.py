@@ -15,7 +15,9 @@ from atelier.v1 import (
     server_pb2_grpc,
     training_pb2_grpc,
 )
+from atelier_server.access.identity import Identity
 from atelier_server.config import Limits
+from atelier_server.errors import StartError
 from atelier_server.jobs.dispatch import WorkerStatus
 from atelier_server.jobs.generations import Generations
 from atelier_server.jobs.trainings import Trainings
@@ -26,6 +28,7 @@ from atelier_server.rpc.codec.adapter import encode_info
 from atelier_server.rpc.generation import GenerationServicer
 from atelier_server.rpc.health import SERVICES, Health
 from atelier_server.rpc.interceptors import CallInterceptor
+from atelier_server.rpc.tls import Certificates
 from atelier_server.rpc.training import TrainingServicer
 
 # Clients may ping idle connections every 20 s; gRPC's default would send them away for it.
@@ -57,9 +60,11 @@ def build_server(
     limits: Limits,
     metrics: Metrics,
     health: Health,
+    identity: Identity,
+    reflected: bool,
 ) -> grpc.aio.Server:
     """Everything registered, no port yet."""
-    server = grpc.aio.server(interceptors=(CallInterceptor(metrics),), options=_OPTIONS)
+    server = grpc.aio.server(interceptors=(CallInterceptor(metrics, identity),), options=_OPTIONS)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(
         GenerationServicer(generations, wardrobe, status, limits), server
     )
@@ -69,6 +74,30 @@ def build_server(
     adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(wardrobe, limits), server)
     server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(status, limits), server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    names = (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
+    if reflected:
+        health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        reflection.enable_server_reflection((*SERVICES, health_name, reflection.SERVICE_NAME), server)
     return server
+
+
+def build_health_server(health: Health) -> grpc.aio.Server:
+    """Health alone, for a port without TLS: probes of Kubernetes speak none."""
+    server = grpc.aio.server(options=_OPTIONS)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    return server
+
+
+def listen(server: grpc.aio.Server, host: str, port: int, certificates: Certificates | None = None) -> int:
+    """Adds a port, with TLS if there are certificates; its number. Raises StartError."""
+    where = address(host, port)
+    try:
+        if certificates is None:
+            return server.add_insecure_port(where)
+        return server.add_secure_port(where, certificates.credentials())
+    except RuntimeError as error:
+        raise StartError(f"cannot listen on {where}") from error
+
+
+def address(host: str, port: int) -> str:
+    """HOST:PORT, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

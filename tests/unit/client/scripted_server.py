@@ -248,11 +248,24 @@ class Server(ServerServiceServicer):
         )
 
 
+class _Tokens(grpc.ServerInterceptor):
+    """Notes what calls show in `authorization`."""
+
+    def __init__(self, seen: list[str]) -> None:
+        self._seen = seen
+
+    def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        metadata = handler_call_details.invocation_metadata
+        self._seen += [value for key, value in metadata if key == "authorization"]
+        return continuation(handler_call_details)
+
+
 class ScriptedServer:
-    """One script, one port, as many lives as a test wants."""
+    """One script, one port, as many lives as a test wants; `tokens` is what calls showed."""
 
     def __init__(self, script: Script) -> None:
         self.script = script
+        self.tokens: list[str] = []
         self.port = 0
         self._server: grpc.Server | None = None
 
@@ -262,7 +275,7 @@ class ScriptedServer:
 
     def start(self) -> None:
         self.script.stopping.clear()
-        server = grpc.server(ThreadPoolExecutor(8))
+        server = grpc.server(ThreadPoolExecutor(8), interceptors=(_Tokens(self.tokens),))
         add_GenerationServiceServicer_to_server(Generation(self.script), server)
         add_TrainingServiceServicer_to_server(Trainings(self.script), server)
         add_AdapterServiceServicer_to_server(Adapters(self.script), server)
