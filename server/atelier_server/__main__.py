@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import sys
 from collections.abc import Sequence
 
+from atelier_server import logs
 from atelier_server.app import run
 from atelier_server.config.printed import as_toml
 from atelier_server.config.reading import BadSettings, read, wants_print
@@ -30,11 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if wants_print(arguments):
         print(as_toml(settings, given), end="")
         return 0
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    logs.configure(settings.log_format, settings.log_level, "front")
     try:
         asyncio.run(run(settings))
     except StartError as error:

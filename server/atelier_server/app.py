@@ -6,10 +6,13 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 from collections.abc import Coroutine, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from atelier_server import logs
 from atelier_server.adapters.store import AdapterStore
 from atelier_server.config import Settings
 from atelier_server.data_directory import DataDirectory
@@ -28,10 +31,12 @@ from atelier_server.metrics import Metrics, MetricsServer
 from atelier_server.preflight import check, open_access
 from atelier_server.rpc.health import Health
 from atelier_server.rpc.server import address, build_health_server, build_server, listen
+from atelier_server.traces import TracingUnavailable, tracer
 from atelier_server.workers.handle import DEFAULT_ARGV, LocalWorker
 
 _log = logging.getLogger(__name__)
 _CHECKPOINT_SECONDS = 30.0  # for trainings to be written to the store when the server goes
+_TRACES_SECONDS = 3.0
 _GRACE_SECONDS = 1.0  # for streams to send their status
 
 
@@ -40,6 +45,10 @@ class Application:
 
     def __init__(self, settings: Settings, worker_argv: Sequence[str] = DEFAULT_ARGV) -> None:
         self._settings = settings
+        try:
+            self._tracer = tracer(settings.otlp_endpoint)
+        except TracingUnavailable as error:
+            raise StartError(str(error)) from error
         self._directory = DataDirectory(settings.data_dir.absolute())
         root, limits = self._directory.path, settings.limits
         access = open_access(settings)
@@ -82,6 +91,7 @@ class Application:
             runs=self._runs,
             calls=calls,
             metrics=self.metrics,
+            tracer=self._tracer,
             changed=self._worker_changed,
         )
         self._server = build_server(
@@ -91,6 +101,7 @@ class Application:
             status=self.status,
             limits=limits,
             metrics=self.metrics,
+            tracer=self._tracer,
             health=self._health,
             identity=access.identity,
             reflected=settings.reflection,
@@ -205,6 +216,10 @@ class Application:
             await self._health_server.stop(None)
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.stop)
+        # Spans that no collector takes are not worth waiting for.
+        closing = asyncio.to_thread(self._tracer.close)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(closing, _TRACES_SECONDS)
         self._book.close()
         self._directory.close()
 
@@ -219,6 +234,8 @@ def worker_settings(settings: Settings, data_dir: Path) -> WorkerSettings:
         threads=settings.threads,
         host_adapter_bytes=settings.host_adapter_bytes,
         max_lora_rank=settings.limits.max_lora_rank,
+        log_level=settings.log_level,
+        log_format=logs.resolve(settings.log_format, sys.stderr),
     )
 
 

@@ -6,8 +6,10 @@ Frozen and cheap to pickle, like the nouns they carry.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from atelier_server.core import AdapterUse, BaseInfo, CheckpointId, GenerationJob, State, TrainingJob
+from atelier_server.origin import NOWHERE, Origin
 
 
 # --------------------------------------------------------------------------------------------- commands
@@ -23,11 +25,14 @@ class WorkerSettings:
     threads: int
     max_lora_rank: int
     host_adapter_bytes: int
+    log_level: str = "info"
+    log_format: Literal["text", "json"] = "text"
 
 
 @dataclass(frozen=True, slots=True)
 class Submit:
     job: GenerationJob | TrainingJob
+    origin: Origin = NOWHERE
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,6 +287,17 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """A finished phase of a job whose origin is traced. Times are nanoseconds since 1970."""
+
+    name: str
+    origin: Origin
+    start_ns: int
+    end_ns: int
+    attributes: tuple[tuple[str, str | int | float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerLost:
     """Made by the front's WorkerHandle, never sent: the process is gone."""
 
@@ -311,4 +327,5 @@ Event = (
     | CallFailed
     | Heartbeat
     | Sample
+    | Span
 )

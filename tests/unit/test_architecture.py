@@ -23,13 +23,17 @@ WIRE = {"google", "grpc", "grpc_health", "grpc_reflection", "grpc_status", "atel
 CLIENT_MAY = {"atelier", "google", "grpc", "grpc_status", "IPython", "PIL", "rich", "typer", "click"}
 
 # A room of atelier_server -> the rooms it may see beside itself. "adapters.store" is the torch-free half.
-NOUNS = {"core", "errors", "receipt"}
+NOUNS = {"core", "errors", "origin", "receipt"}
 MESSAGES = {"messages"}
 STORE = {"adapters.store", "adapters.reference"}
 ROOMS: dict[str, set[str]] = {
     "core": set(),
     "receipt": {"core"},
-    "messages": {"core"},
+    "origin": set(),
+    "messages": {"core", "origin"},
+    "logs": {"origin"},
+    "traces": {"origin", *MESSAGES},
+    "otel": {"origin", "traces", *MESSAGES},
     "errors": {"core"},
     "config": {"core"},
     "data_directory": {"errors"},
@@ -40,9 +44,9 @@ ROOMS: dict[str, set[str]] = {
     "diffusion": {*NOUNS, "pocket"},
     "training": {*NOUNS, "adapters", "diffusion"},
     "engine": {*NOUNS, *MESSAGES, "metrics", *STORE},
-    "jobs": {*NOUNS, *MESSAGES, "access", "metrics", "config", "workers", *STORE},
-    "rpc": {*NOUNS, *MESSAGES, "access", "metrics", "config", "jobs", *STORE},
-    "workers": {*NOUNS, *MESSAGES, "metrics", "config"},
+    "jobs": {*NOUNS, *MESSAGES, "access", "metrics", "traces", "config", "workers", *STORE},
+    "rpc": {*NOUNS, *MESSAGES, "access", "metrics", "traces", "config", "jobs", *STORE},
+    "workers": {*NOUNS, *MESSAGES, "metrics", "config", "logs"},
     "pocket": set(),
 }
 # The worker's entry is where the desk, the wardrobe, the maths and the teacher are wired.
@@ -51,6 +55,7 @@ ENTRY_MAY = {
     *NOUNS,
     *MESSAGES,
     "config",
+    "logs",
     "engine",
     "adapters",
     "diffusion",
@@ -194,6 +199,12 @@ def test_protobuf_and_grpc_stay_at_the_door() -> None:
 def test_prometheus_is_known_to_metrics_alone() -> None:
     users = {found.module for found in imports() if found.target.split(".")[0] == "prometheus_client"}
     assert users <= {"atelier_server.metrics", "atelier_server.app"}
+
+
+def test_opentelemetry_is_known_to_one_module() -> None:
+    users = {found.module for found in imports() if found.target.split(".")[0] == "opentelemetry"}
+    assert users == {"atelier_server.otel"}
+    assert not [str(found) for found in imports() if found.target == "atelier_server.otel"]
 
 
 def test_nobody_imports_the_composition_root() -> None:

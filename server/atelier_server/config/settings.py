@@ -5,6 +5,7 @@ from __future__ import annotations
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -90,6 +91,12 @@ class Settings(BaseModel):
         description=f"listen so long after SIGTERM, not ready (default {_NOTICE_SECONDS:g}; on loopback 0)",
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["auto", "text", "json"] = Field(
+        default="auto", description="auto is text on a terminal and JSON elsewhere"
+    )
+    otlp_endpoint: str = Field(
+        default="", description="send traces to this OpenTelemetry collector, http://HOST:4317; needs [otel]"
+    )
     limits: Limits = Field(default_factory=Limits)
     quotas: Quotas = Field(default_factory=Quotas)
 
@@ -100,6 +107,14 @@ class Settings(BaseModel):
         if value in ("auto", "cpu", "cuda") or (name == "cuda" and index.isdigit()):
             return value
         raise ValueError(f"{value!r} is none of auto, cpu, cuda, cuda:N")
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _collector(cls, value: str) -> str:
+        url = urlsplit(value)
+        if value and (url.scheme not in ("http", "https") or not url.hostname):
+            raise ValueError(f"{value!r} is no http://HOST:PORT or https://HOST:PORT")
+        return value
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:

@@ -9,7 +9,9 @@ from time import monotonic
 from atelier_server.core import GenerationJob
 from atelier_server.engine.runner import Decoded
 from atelier_server.engine.scheduler import ImageTask
+from atelier_server.engine.spans import tell
 from atelier_server.messages import Event, GenerationCompleted, ImageReady, Progress, Queued, Sample, Timings
+from atelier_server.origin import NOWHERE, Origin
 
 PROGRESS_INTERVAL = 0.1  # seconds between two progress events of a generation
 
@@ -21,9 +23,11 @@ class Generation:
     job: GenerationJob
     tasks: list[ImageTask]
     submitted: float
+    origin: Origin = NOWHERE
     total_steps: int = 0
     steps: int = 0
-    started: float | None = None
+    started: float | None = None  # its texts are being encoded
+    opened: float = 0.0  # and are
     first_step: float | None = None
     images_left: int = 0
     position: int | None = None
@@ -41,8 +45,8 @@ class Generations:
     emit: Callable[[Event], None]
     live: dict[str, Generation] = field(default_factory=dict)
 
-    def begin(self, job: GenerationJob, tasks: list[ImageTask]) -> None:
-        self.live[job.id] = Generation(job, tasks, monotonic(), images_left=len(tasks))
+    def begin(self, job: GenerationJob, tasks: list[ImageTask], origin: Origin) -> None:
+        self.live[job.id] = Generation(job, tasks, monotonic(), origin, images_left=len(tasks))
 
     def end(self, job_id: str) -> list[ImageTask]:
         """Forgets a generation; its tasks are to be removed from the scheduler and the runner."""
@@ -62,7 +66,9 @@ class Generations:
         generation = self.live[task.job.id]
         now = monotonic()
         if generation.started is None:
-            generation.started = now
+            generation.started, generation.opened = now - seconds, now
+            self._tell(generation, "queue", generation.submitted, generation.started)
+        self._tell(generation, "text_encode", now - seconds, now, image=task.index)
         # Pictures of one request have equally many steps, also those that have not started yet.
         generation.total_steps = steps * task.job.num_images
         generation.encode_seconds += seconds
@@ -77,6 +83,7 @@ class Generations:
         last = generation.steps == generation.total_steps
         if last:
             generation.denoised = now
+            self._tell(generation, "denoise", generation.opened, now, steps=generation.total_steps)
         if last or now - generation.last_progress >= PROGRESS_INTERVAL:
             generation.last_progress = now
             self.emit(Progress(task.job.id, generation.steps, generation.total_steps))
@@ -88,6 +95,9 @@ class Generations:
         generation.decode_seconds += picture.decode_seconds
         generation.image_encode_seconds += picture.encode_seconds
         generation.images_left -= 1
+        encoding = picture.ended - picture.encode_seconds
+        self._tell(generation, "decode", encoding - picture.decode_seconds, encoding, image=task.index)
+        self._tell(generation, "image_encode", encoding, picture.ended, image=task.index)
         self.emit(Sample("images_total", 1.0))
         self.emit(ImageReady(job.id, task.index, task.seed, job.image_format.mime_type, picture.data))
         if generation.images_left:
@@ -96,13 +106,18 @@ class Generations:
         self.emit(GenerationCompleted(job.id, self._timings(generation), bucket))
         return True
 
+    def _tell(
+        self, generation: Generation, name: str, began: float, ended: float, **attributes: str | int
+    ) -> None:
+        tell(self.emit, generation.origin, name, began, ended, job=generation.job.id, **attributes)
+
     @staticmethod
     def _timings(generation: Generation) -> Timings:
         started = generation.started or generation.submitted
         return Timings(
             queue_seconds=started - generation.submitted,
             encode_seconds=generation.encode_seconds,
-            denoise_seconds=generation.denoised - started,
+            denoise_seconds=generation.denoised - generation.opened,
             decode_seconds=generation.decode_seconds,
             image_encode_seconds=generation.image_encode_seconds,
             total_seconds=monotonic() - generation.submitted,

@@ -34,9 +34,11 @@ from atelier_server.messages import (
     JobFailed,
     LoadAdapter,
     Sample,
+    Span,
     Submit,
     UnloadAdapter,
 )
+from atelier_server.origin import NOWHERE, Origin
 
 _log = logging.getLogger(__name__)
 
@@ -112,10 +114,10 @@ class Loop:
 
     def _handle(self, message: Command | TaskDecoded) -> None:
         match message:
-            case Submit(job=GenerationJob() as job):
-                self._submit_generation(job)
-            case Submit(job=TrainingJob() as job):
-                self._submit_training(job)
+            case Submit(job=GenerationJob() as job, origin=origin):
+                self._submit_generation(job, origin)
+            case Submit(job=TrainingJob() as job, origin=origin):
+                self._submit_training(job, origin)
             case Cancel(job_id=job_id):
                 self._cancel(job_id)
             case TaskDecoded(task=task, picture=picture):
@@ -128,8 +130,8 @@ class Loop:
                 self._aside.submit(self._call, message)
 
     # ---------------------------------------------------------------------------------------- generations
-    def _submit_generation(self, job: GenerationJob) -> None:
-        self.generations.begin(job, self.scheduler.submit(job))
+    def _submit_generation(self, job: GenerationJob, origin: Origin) -> None:
+        self.generations.begin(job, self.scheduler.submit(job), origin)
         for use in job.adapters:
             hit = self.residency.slot(use.checkpoint) is not None
             self._send(Sample("adapter_lookups_total", 1.0, ("hit" if hit else "miss",)))
@@ -187,7 +189,12 @@ class Loop:
                 self.residency.release([use.checkpoint])
                 self._runner.clear(slot)
                 raise
-            self._send(Sample("adapter_load_seconds", monotonic() - before, (source,)))
+            seconds = monotonic() - before
+            self._send(Sample("adapter_load_seconds", seconds, (source,)))
+            _log.info(
+                "adapter loaded",
+                extra={"adapter": str(use.checkpoint), "source": source, "seconds": round(seconds, 4)},
+            )
         if evicted := self.residency.evictions - evictions:
             self._send(Sample("adapter_evictions_total", float(evicted)))
         return slot
@@ -248,7 +255,7 @@ class Loop:
         match event:
             case ImageReady() if self.trainings.owns(event.job_id):
                 self.trainings.sample_painted(event)
-            case Sample():
+            case Sample() | Span():
                 self._send(event)
             case _ if self._is_sample(event):
                 pass
@@ -269,8 +276,13 @@ class Loop:
     def _failure(self, job_id: str, error: Exception) -> JobFailed:
         if isinstance(error, AtelierError):
             return JobFailed(job_id, error.reason, error.message, tuple(error.metadata.items()))
-        _log.error("job %s failed", job_id, exc_info=error)
+        about = {"job": job_id, "request_id": self._origin(job_id).request_id}
+        _log.error("a job failed", exc_info=error, extra={k: v for k, v in about.items() if v})
         return JobFailed(job_id, "INTERNAL", "an internal error; the server's log has the details")
+
+    def _origin(self, job_id: str) -> Origin:
+        job = self.generations.live.get(job_id) or self.trainings.live.get(job_id)
+        return job.origin if job else NOWHERE
 
     def _drop_generation(self, job_id: str) -> None:
         tasks = self.generations.end(job_id)
@@ -280,7 +292,7 @@ class Loop:
         self._retire()
 
     # ------------------------------------------------------------------------------------------ trainings
-    def _submit_training(self, job: TrainingJob) -> None:
+    def _submit_training(self, job: TrainingJob, origin: Origin) -> None:
         if job.id in self.trainings.live:
             return
         try:
@@ -288,7 +300,7 @@ class Loop:
         except Exception as error:
             self._send(self._failure(job.id, error))
             return
-        self.trainings.begin(job, run)
+        self.trainings.begin(job, run, origin)
         self.scheduler.submit_training(job.id)
 
     def _train(self, training_id: str) -> None:
@@ -316,7 +328,9 @@ class Loop:
             try:
                 self.trainings.keep(training_id)
             except Exception:
-                _log.exception("training %s: no checkpoint; it goes on from its last one", training_id)
+                _log.exception(
+                    "no checkpoint; the training goes on from its last one", extra={"training": training_id}
+                )
             self.trainings.drop(training_id)
 
     # ---------------------------------------------------------------------------------------- adapter calls

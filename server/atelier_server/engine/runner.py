@@ -35,6 +35,7 @@ class Decoded:
     data: bytes
     decode_seconds: float = 0.0
     encode_seconds: float = 0.0
+    ended: float = 0.0  # monotonic
     error: Exception | None = None
 
 

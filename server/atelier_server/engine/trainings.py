@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from time import monotonic
 
 from atelier_server.core import AdapterUse, GenerationJob, Mode, Recipe, State, TrainingJob
 from atelier_server.engine.runner import Published, TrainingRun
+from atelier_server.engine.spans import tell
 from atelier_server.messages import (
     CheckpointPublished,
     Event,
@@ -20,6 +22,9 @@ from atelier_server.messages import (
     TrainingStarted,
     TrainingWarning,
 )
+from atelier_server.origin import NOWHERE, Origin
+
+_log = logging.getLogger(__name__)
 
 PROGRESS_INTERVAL = 0.1  # seconds between two progress events of a training
 SAMPLE_BUCKET = 8  # rows of a sample's forward: strict, so that Generate can give the same picture
@@ -42,7 +47,10 @@ class Training:
     job: TrainingJob
     run: TrainingRun
     preparing: Iterator[None] | None
+    origin: Origin = NOWHERE
+    submitted: float = field(default_factory=monotonic)
     began: float = 0.0
+    published_at: tuple[int, float] = (0, 0.0)  # step and time
     samples: dict[str, tuple[int, int]] = field(default_factory=dict)  # generation id -> step, prompt index
     last_progress: float = 0.0
 
@@ -58,7 +66,7 @@ class Trainings:
         self,
         *,
         emit: Callable[[Event], None],
-        paint: Callable[[GenerationJob], None],
+        paint: Callable[[GenerationJob, Origin], None],
         unpaint: Callable[[str], None],
         resting: Callable[[str], None],
         defaults: SampleDefaults,
@@ -68,8 +76,8 @@ class Trainings:
         self.live: dict[str, Training] = {}
         self._by_sample: dict[str, str] = {}
 
-    def begin(self, job: TrainingJob, run: TrainingRun) -> None:
-        self.live[job.id] = Training(job, run, run.prepare())
+    def begin(self, job: TrainingJob, run: TrainingRun, origin: Origin) -> None:
+        self.live[job.id] = Training(job, run, run.prepare(), origin)
 
     def owns(self, generation_id: str) -> bool:
         """Whether a generation is a sample of a training here."""
@@ -95,6 +103,9 @@ class Trainings:
             training.preparing = None
             training.began = monotonic()
             job = training.job
+            training.published_at = (training.run.step, training.began)
+            self._tell(training, "prepare", training.submitted, training.began)
+            _log.info("training from step %d", training.run.step, extra=_about(training))
             self._emit(TrainingStarted(job.id, training.run.step))
             if resumed := training.run.published:
                 self._sample(training, resumed)  # those that were lost with the worker
@@ -121,7 +132,15 @@ class Trainings:
             self._sample(training, self._publish(training))
 
     def _publish(self, training: Training) -> Published:
+        before = monotonic()
+        (from_step, since), step = training.published_at, training.run.step
+        self._tell(training, "train", since, before, from_step=from_step, to_step=step)
         published = training.run.publish()
+        training.published_at = (step, monotonic())
+        self._tell(training, "publish", before, training.published_at[1], step=step)
+        _log.info(
+            "checkpoint published", extra={**_about(training), "adapter": str(published.use.checkpoint)}
+        )
         self._emit(
             CheckpointPublished(
                 training.job.id,
@@ -143,7 +162,7 @@ class Trainings:
             sample_id = f"{job.id}/sample-{step}-{index}"
             training.samples[sample_id] = (step, index)
             self._by_sample[sample_id] = job.id
-            self._paint(self._sample_job(sample_id, prompt, published.use, recipe))
+            self._paint(self._sample_job(sample_id, prompt, published.use, recipe), training.origin)
 
     def _sample_job(self, sample_id: str, prompt: str, use: AdapterUse, recipe: Recipe) -> GenerationJob:
         defaults = self._defaults
@@ -211,6 +230,7 @@ class Trainings:
 
     def _end(self, training: Training, state: State) -> None:
         seconds = monotonic() - training.began if training.began else 0.0
+        _log.info("training %s", state.value, extra={**_about(training), "seconds": round(seconds, 3)})
         self._forget(training)
         self._emit(TrainingCompleted(training.job.id, state, training.run.step, seconds))
 
@@ -220,3 +240,18 @@ class Trainings:
         for sample_id in list(training.samples):
             del self._by_sample[sample_id]
             self._unpaint(sample_id)
+
+    def _tell(
+        self, training: Training, name: str, began: float, ended: float, **attributes: str | int
+    ) -> None:
+        tell(self._emit, training.origin, name, began, ended, training=training.job.id, **attributes)
+
+
+def _about(training: Training) -> dict[str, str]:
+    """What the log says of a training beside what happened to it."""
+    ids = {
+        "training": training.job.id,
+        "adapter": training.job.name,
+        "request_id": training.origin.request_id,
+    }
+    return {name: value for name, value in ids.items() if value}

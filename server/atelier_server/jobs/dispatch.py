@@ -29,6 +29,7 @@ from atelier_server.messages import (
     Queued,
     Sample,
     SampleReady,
+    Span,
     TrainingCompleted,
     TrainingProgress,
     TrainingStarted,
@@ -38,6 +39,7 @@ from atelier_server.messages import (
     WorkerReady,
 )
 from atelier_server.metrics import Metrics
+from atelier_server.traces import Tracer
 from atelier_server.workers.handle import WorkerHandle
 
 _log = logging.getLogger(__name__)
@@ -92,6 +94,7 @@ class Dispatcher:
         runs: TrainingRuns,
         calls: Calls,
         metrics: Metrics,
+        tracer: Tracer,
         changed: Callable[[], Awaitable[None]],
     ) -> None:
         self._worker = worker
@@ -100,6 +103,7 @@ class Dispatcher:
         self._runs = runs
         self._calls = calls
         self._metrics = metrics
+        self._tracer = tracer
         self._changed = changed
         self.draining = False
         self.ended = asyncio.Event()
@@ -190,5 +194,7 @@ class Dispatcher:
                     self._metrics.heartbeat(event, self._status.base)
             case Sample():
                 self._metrics.observe(event)
+            case Span():
+                self._tracer.finished(event)
             case _:
                 _log.error("nobody knows what to do with %s", type(event).__name__)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from atelier_server.core import GenerationJob
 from atelier_server.errors import AtelierError, by_reason
 from atelier_server.messages import GenerationCompleted, ImageReady, JobFailed, Progress, Queued
+from atelier_server.origin import NOWHERE, Origin
 
 StreamEvent = Queued | Progress | ImageReady | GenerationCompleted
 
@@ -20,13 +21,21 @@ class Generation:
     """
 
     def __init__(
-        self, job: GenerationJob, request_id: str, body_hash: str, admitted_at: float, order: int
+        self,
+        job: GenerationJob,
+        request_id: str,
+        body_hash: str,
+        admitted_at: float,
+        order: int,
+        *,
+        origin: Origin = NOWHERE,
     ) -> None:
         self.job = job
         self.request_id = request_id
         self.body_hash = body_hash
         self.admitted_at = admitted_at
         self.order = order
+        self.origin = origin
         self.submitted = False
         self.begun = False
         self.losses = 0

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from itertools import count
 
+from atelier_server import origin
 from atelier_server.core import GenerationJob
 from atelier_server.errors import Cancelled, QueueFull, RequestIdReused, ServerDraining, WorkerLost
 from atelier_server.jobs.generation import Generation, Reader
@@ -85,7 +86,9 @@ class Generations:
             raise ServerDraining("the server is going away")
         if len(self._live) >= self._limit:
             raise QueueFull(f"{self._limit} generations are waiting or running")
-        generation = Generation(job, request_id, body_hash, self._clock(), next(self._order))
+        generation = Generation(
+            job, request_id, body_hash, self._clock(), next(self._order), origin=origin.current()
+        )
         self._live[job.id] = generation
         if request_id:
             self._requests[request_id] = generation
@@ -158,7 +161,7 @@ class Generations:
                     break
                 generation.submitted = True
                 in_flight.append(generation)
-                self._send(Submit(generation.job))
+                self._send(Submit(generation.job, generation.origin))
                 if generation.job.alone:
                     break
         self._count()

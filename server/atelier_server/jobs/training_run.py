@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 from atelier_server.messages import TrainingProgress
+from atelier_server.origin import NOWHERE, Origin
 
 _PROGRESS_SECONDS = 0.25  # at most four progress events a second and training
 
@@ -21,11 +22,14 @@ class Run:
         version: int,
         step: int,
         show: Callable[[Run, TrainingProgress], None],
+        *,
+        origin: Origin = NOWHERE,
     ) -> None:
         self.id = training
         self.adapter = adapter
         self.version = version
         self.step = step
+        self.origin = origin
         self.submitted = False
         self.started = False
         self.checkpoints: set[int] = set()

@@ -7,6 +7,7 @@ worker events, losses of the worker, and the calls of users.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -40,6 +41,7 @@ from atelier_server.messages import (
     TrainingWarning,
 )
 from atelier_server.metrics import Metrics
+from atelier_server.origin import NOWHERE, Origin
 
 TrainingEvent = (
     TrainingStarted
@@ -51,6 +53,7 @@ TrainingEvent = (
     | JobFailed
 )
 _CRASHES = 3
+_log = logging.getLogger(__name__)
 
 
 class TrainingRuns:
@@ -119,15 +122,15 @@ class TrainingRuns:
             run.flush()
         self.lane.put(partial(self._interrupted, blameless))
 
-    async def add(self, record: TrainingRecord) -> None:
+    async def add(self, record: TrainingRecord, origin: Origin) -> None:
         """A training that has just been written down or queued again."""
-        run = self._runs[record.id] = self._run(record)
+        run = self._runs[record.id] = self._run(record, origin)
         await self._count()
         if self._ready:
             await self._submit(run)
 
-    def _run(self, record: TrainingRecord) -> Run:
-        return Run(record.id, record.adapter, record.version, record.step, self._show)
+    def _run(self, record: TrainingRecord, origin: Origin = NOWHERE) -> Run:
+        return Run(record.id, record.adapter, record.version, record.step, self._show, origin=origin)
 
     def _show(self, run: Run, event: TrainingProgress) -> None:
         self.lane.put(partial(self._write, run, event), tries=1)
@@ -205,6 +208,8 @@ class TrainingRuns:
             run.id, payload, state=state, step=run.step, end_time=now, interruption="", **changes
         )
         self._runs.pop(run.id, None)
+        ids = {"training": run.id, "adapter": run.adapter, "request_id": run.origin.request_id}
+        _log.info("training ended: %s", state.value, extra={**ids, "reason": reason or "none"})
         await self._count()
         self._metrics.stored_checkpoints(await asyncio.to_thread(count_checkpoints, self._store))
 
@@ -246,7 +251,7 @@ class TrainingRuns:
             ),
         )
         run.submitted = True
-        self._send(Submit(job))
+        self._send(Submit(job, run.origin))
 
     async def _reconcile(self, run: Run) -> None:
         """Checkpoints that reached the store while their event was lost on the way are written first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import shutil
 import string
@@ -10,6 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import TypeVar
 
+from atelier_server import origin
 from atelier_server.adapters.store import AdapterStore
 from atelier_server.core import BaseInfo, Recipe, State
 from atelier_server.errors import (
@@ -26,6 +28,9 @@ from atelier_server.jobs.records import Accepted, LoggedEvent, TrainingDraft, Tr
 from atelier_server.jobs.training_log import TrainingLog
 from atelier_server.jobs.training_runs import TrainingRuns
 from atelier_server.jobs.uploads import PictureUpload
+from atelier_server.origin import Origin
+
+_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _ID_LETTERS = string.ascii_lowercase + string.digits
@@ -78,9 +83,12 @@ class Trainings:
     async def accept(self, draft: TrainingDraft, upload: PictureUpload, base: BaseInfo) -> TrainingRecord:
         """Writes the training down; from here on it survives anything. Its pictures are moved to it."""
         # Shielded: a client that leaves now has a whole training or none, and nothing half made.
-        return await self.in_turn(lambda: self._accept(draft, upload, base))
+        came_from = origin.current()
+        return await self.in_turn(lambda: self._accept(draft, upload, base, came_from))
 
-    async def _accept(self, draft: TrainingDraft, upload: PictureUpload, base: BaseInfo) -> TrainingRecord:
+    async def _accept(
+        self, draft: TrainingDraft, upload: PictureUpload, base: BaseInfo, came_from: Origin
+    ) -> TrainingRecord:
         # The same request may have come twice at once: the first to get here wins.
         if (known := await self.check(draft)) is not None:
             self.same_pictures(known, upload)
@@ -117,7 +125,9 @@ class Trainings:
             await asyncio.to_thread(self._store.delete, draft.name, meta.version)
             await asyncio.to_thread(shutil.rmtree, self._log.folder(training), ignore_errors=True)
             raise
-        await self._runs.add(record)
+        ids = {"training": training, "adapter": draft.name, "request_id": came_from.request_id}
+        _log.info("training accepted", extra=ids)
+        await self._runs.add(record, came_from)
         return record
 
     async def sweep(self) -> None:
@@ -202,11 +212,12 @@ class Trainings:
                 metadata={},
             )
             record = await self.find(record.id)
-            await self._runs.add(record)
+            await self._runs.add(record, came_from)
             return record
 
         if self.draining:
             raise ServerDraining("the server is going away")
+        came_from = origin.current()
         return await self.in_turn(resume)
 
     async def delete(self, name: str) -> None:

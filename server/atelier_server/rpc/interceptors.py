@@ -15,9 +15,12 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from atelier_server import origin
 from atelier_server.access.identity import Identity
+from atelier_server.errors import AtelierError, InvalidRequest
 from atelier_server.metrics import Metrics
 from atelier_server.rpc import caller, status
+from atelier_server.traces import Tracer
 
 REQUEST_ID = "x-request-id"
 _GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -31,8 +34,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Leaves health alone: its errors are its own."""
 
-    def __init__(self, metrics: Metrics, identity: Identity) -> None:
+    def __init__(self, metrics: Metrics, tracer: Tracer, identity: Identity) -> None:
         self._metrics = metrics
+        self._tracer = tracer
         self._identity = identity
 
     async def intercept_service(
@@ -47,12 +51,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         inner: Callable[..., Any] = _behaviour(handler)
 
         async def unary(request: Any, context: Context) -> Any:
-            async with _Call(method, context, self._metrics):
+            async with _Call(method, context, self._metrics, self._tracer):
                 await caller.identify(self._identity, context)
                 return await inner(request, context)
 
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-            async with _Call(method, context, self._metrics):
+            async with _Call(method, context, self._metrics, self._tracer):
                 await caller.identify(self._identity, context)
                 async with aclosing(inner(request, context)) as answers:
                     async for answer in answers:
@@ -96,15 +100,20 @@ def _name(method: str) -> str:
 class _Call:
     """One call, from its first line to its status."""
 
-    def __init__(self, method: str, context: Context, metrics: Metrics) -> None:
+    def __init__(self, method: str, context: Context, metrics: Metrics, tracer: Tracer) -> None:
         self._method = method
         self._context = context
         self._metrics = metrics
         self._begin = time.perf_counter()
-        given = dict(context.invocation_metadata() or ()).get(REQUEST_ID, "")
-        self._id = str(given) if _GIVEN_ID.fullmatch(str(given)) else uuid.uuid4().hex
+        metadata = {
+            key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)
+        }
+        given = metadata.get(REQUEST_ID, "")
+        self._id = given if _GIVEN_ID.fullmatch(given) else uuid.uuid4().hex
+        self._trace = tracer.begin(method, metadata, self._id)
 
     async def __aenter__(self) -> None:
+        origin.set_current(self._trace.origin)
         name = _name(self._method)
         self._metrics.call_began(name)
         on_end(self._context, lambda: self._metrics.call_left(name))
@@ -121,10 +130,20 @@ class _Call:
             self._ended("DEADLINE_EXCEEDED" if late else "CANCELLED")
         else:
             refusal = status.known(error, f"{self._method} ({REQUEST_ID} {self._id})")
-            self._ended(refusal.status)
-            _log.info("%s %s: %s: %s", self._method, self._id, refusal.reason, refusal.message)
+            self._ended(refusal.status, refusal)
             message, metadata = status.trailers(refusal)
             await self._context.abort(status.code_of(refusal), message, (*metadata, (REQUEST_ID, self._id)))
 
-    def _ended(self, code: str) -> None:
-        self._metrics.call_ended(_name(self._method), code, time.perf_counter() - self._begin)
+    def _ended(self, code: str, refusal: AtelierError | None = None) -> None:
+        seconds = time.perf_counter() - self._begin
+        name = _name(self._method)
+        self._metrics.call_ended(name, code, seconds)
+        self._trace.end(code)
+        about = {"request_id": self._id, "method": name, "code": code, "seconds": round(seconds, 4)}
+        if refusal is not None:
+            about["reason"] = refusal.reason
+            # The message may quote what the user wrote.
+            _log.debug("%s", refusal.message, extra=about)
+        if isinstance(refusal, InvalidRequest) and refusal.violations:
+            about["fields"] = ",".join(violation.field[:60] for violation in refusal.violations[:10])
+        _log.info("call ended", extra=about)

@@ -30,6 +30,7 @@ from atelier_server.rpc.health import SERVICES, Health
 from atelier_server.rpc.interceptors import CallInterceptor
 from atelier_server.rpc.tls import Certificates
 from atelier_server.rpc.training import TrainingServicer
+from atelier_server.traces import Tracer
 
 # Clients may ping idle connections every 20 s; gRPC's default would send them away for it.
 _OPTIONS = (
@@ -59,12 +60,13 @@ def build_server(
     status: WorkerStatus,
     limits: Limits,
     metrics: Metrics,
+    tracer: Tracer,
     health: Health,
     identity: Identity,
     reflected: bool,
 ) -> grpc.aio.Server:
     """Everything registered, no port yet."""
-    server = grpc.aio.server(interceptors=(CallInterceptor(metrics, identity),), options=_OPTIONS)
+    server = grpc.aio.server(interceptors=(CallInterceptor(metrics, tracer, identity),), options=_OPTIONS)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(
         GenerationServicer(generations, wardrobe, status, limits), server
     )

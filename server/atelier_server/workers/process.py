@@ -15,6 +15,7 @@ from collections import deque
 from queue import SimpleQueue
 from typing import BinaryIO
 
+from atelier_server import logs
 from atelier_server.engine.loop import Loop, Message
 from atelier_server.engine.trainings import SampleDefaults
 from atelier_server.messages import (
@@ -22,6 +23,7 @@ from atelier_server.messages import (
     Event,
     Heartbeat,
     Sample,
+    Span,
     WorkerFailed,
     WorkerReady,
     WorkerSettings,
@@ -52,7 +54,7 @@ class Outbox:
     def put(self, event: Event) -> None:
         with self._changed:
             self._events.append(event)
-            if not isinstance(event, Sample):
+            if not isinstance(event, Sample | Span):
                 self._urgent = True
                 self._changed.notify()
 
@@ -112,6 +114,7 @@ def serve(connection: socket.socket) -> int:
     """Runs one worker until it is drained. Returns the exit code."""
     stream = connection.makefile("rb")
     settings: WorkerSettings = wire.read(stream)
+    logs.configure(settings.log_format, settings.log_level, "worker")
     outbox = Outbox(connection)
     inbox: SimpleQueue[Message] = SimpleQueue()
     threading.Thread(target=_read, args=(stream, inbox), name="inbox", daemon=True).start()
@@ -143,7 +146,6 @@ def serve(connection: socket.socket) -> int:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s worker %(name)s: %(message)s")
     sys.exit(serve(socket.socket(fileno=int(sys.argv[1]))))
 
 

@@ -127,7 +127,8 @@ class TorchRunner:
         except Exception as error:
             done(Decoded(b"", error=error))
         else:
-            done(Decoded(data, decoded - began, monotonic() - decoded))
+            ended = monotonic()
+            done(Decoded(data, decoded - began, ended - decoded, ended))
 
     def gather(self, rows: list[list[tuple[int, float]]]) -> ActiveRows:
         """The bank's rows, gathered anew only when the batch or a slot has changed."""
