@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 PYTHON ?= python3.11
 BIN := .venv/bin
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 export PATH := $(CURDIR)/$(BIN):$(CURDIR)/tools/bin:$(PATH)
 
 .PHONY: pocket demo test soak check tools protos bench clean node-client
@@ -15,16 +16,17 @@ export PATH := $(CURDIR)/$(BIN):$(CURDIR)/tools/bin:$(PATH)
 demo: .venv
 	$(BIN)/atelier demo --output demo
 
-# The client of another language is tested wherever Node is installed.
+# WORKERS processes of one thread each; WORKERS=0 is this process, for a debugger. The client of another language is
+# tested wherever Node is installed.
 test: .venv tools $(if $(shell command -v node && command -v npm),node-client)
-	$(BIN)/python -m pytest -m "not soak and not gpu"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not soak and not gpu"
 
 node-client: tests/node/node_modules/.package-lock.json
 tests/node/node_modules/.package-lock.json: tests/node/package.json tests/node/package-lock.json
 	npm --prefix tests/node ci --silent
 	touch $@
 
-soak: .venv
+soak: .venv tools
 	$(BIN)/python -m pytest -m "soak"
 
 check: .venv tools

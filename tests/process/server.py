@@ -83,12 +83,12 @@ class Server:
     def health(self, service: str = "") -> int:
         with grpc.insecure_channel(self.health_address) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
-            return int(stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5).status)
+            return int(stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=30).status)
 
     def metrics(self) -> dict[str, float]:
         """Sample name with its labels, as scraped, to its value."""
         url = f"http://127.0.0.1:{self.state['metrics_port']}/metrics"
-        with urllib.request.urlopen(url, timeout=5) as response:
+        with urllib.request.urlopen(url, timeout=30) as response:
             lines = response.read().decode().splitlines()
         pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
         return {name: float(value) for name, value in pairs}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -252,11 +252,13 @@ def test_serve_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # --------------------------------------------------------------------------------------------- a process
 def test_help_is_fast() -> None:
+    """In seconds of a processor: what else the machine does is no matter."""
     times = []
     for _ in range(3):
-        begun = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([ATELIER, "--help"], capture_output=True, text=True, check=True)
-        times.append(time.perf_counter() - begun)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert "generate" in done.stdout
     assert min(times) < 1.0
 
@@ -274,8 +276,10 @@ def test_exit_codes_of_the_process(server: Any, tmp_path: Path) -> None:
 
 def test_ctrl_c_detaches_and_says_how_to_come_back(server: Any, folder: Path) -> None:
     server.script.pause_after = 3
+    # What runs in the background of a shell is born ignoring Ctrl-C, and so would its children be.
+    environment = ("env", "--default-signal=INT")
     process = subprocess.Popen(
-        [ATELIER, "train", str(folder), "--name", "otto", "--instance-prompt", "x"],
+        [*environment, ATELIER, "train", str(folder), "--name", "otto", "--instance-prompt", "x"],
         env={**os.environ, "ATELIER_SERVER": server.address},
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -283,8 +287,8 @@ def test_ctrl_c_detaches_and_says_how_to_come_back(server: Any, folder: Path) ->
     )
     assert process.stdout is not None
     assert process.stdout.readline().startswith("training otto-k3f9")
-    assert server.script.paused.wait(20)
+    assert server.script.paused.wait(60)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=60)
     assert process.returncode == 0, said
     assert "atelier trainings watch otto-k3f9" in said
