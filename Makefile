@@ -5,7 +5,7 @@ BIN := .venv/bin
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 export PATH := $(CURDIR)/$(BIN):$(CURDIR)/tools/bin:$(PATH)
 
-.PHONY: pocket demo test soak check tools protos bench clean node-client
+.PHONY: pocket demo test soak image-test check tools protos bench clean node-client
 
 .venv: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt
@@ -19,7 +19,7 @@ demo: .venv
 # WORKERS processes of one thread each; WORKERS=0 is this process, for a debugger. The client of another language is
 # tested wherever Node is installed.
 test: .venv tools $(if $(shell command -v node && command -v npm),node-client)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not soak and not gpu"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not soak and not gpu and not image"
 
 node-client: tests/node/node_modules/.package-lock.json
 tests/node/node_modules/.package-lock.json: tests/node/package.json tests/node/package-lock.json
@@ -29,10 +29,15 @@ tests/node/node_modules/.package-lock.json: tests/node/package.json tests/node/p
 soak: .venv tools
 	$(BIN)/python -m pytest -m "soak"
 
+# Builds the Dockerfile in a Debian root and runs it; as root, with debootstrap. DEVICE=cuda for the other image.
+image-test: .venv
+	$(BIN)/python -m pytest -m image --capture=no tests/image
+
 check: .venv tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
 	$(BIN)/buf lint
 	$(BIN)/buf breaking --against protos/released.binpb
 	$(BIN)/python -m pytest -q tests/unit/test_protos_fresh.py
