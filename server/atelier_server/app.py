@@ -16,7 +16,7 @@ from atelier_server import logs
 from atelier_server.adapters.store import AdapterStore
 from atelier_server.config import Settings
 from atelier_server.data_directory import DataDirectory
-from atelier_server.errors import StartError
+from atelier_server.errors import StartError, StoreUnavailable
 from atelier_server.jobs.book import Book
 from atelier_server.jobs.calls import Calls
 from atelier_server.jobs.dispatch import CannotStart, Dispatcher, WorkerStatus
@@ -58,8 +58,10 @@ class Application:
         self.metrics.queue_limit("train", limits.max_queued_trainings)
         self.status = WorkerStatus()
         self._health = Health()
-        self.worker = LocalWorker(worker_settings(settings, root), worker_argv)
-        self._store = AdapterStore(root / "adapters")
+        self.worker = LocalWorker(worker_settings(settings, root, self._directory.identity), worker_argv)
+        self._store = AdapterStore.at(
+            root, settings.store, settings.store_cache_bytes, self._directory.identity
+        )
         self._uploads = Uploads(root / "uploads")
         self._book = Book(root / "atelier.db")
         log = TrainingLog(self._book, root / "trainings")
@@ -121,7 +123,10 @@ class Application:
         settings = self._settings
         await self._health.set_ready(False)
         await asyncio.to_thread(self._uploads.sweep)
-        await asyncio.to_thread(self._store.sweep)
+        try:
+            await asyncio.to_thread(self._store.open)
+        except StoreUnavailable as error:
+            raise StartError(f"--store: {error.message}") from error
         await self.trainings.sweep()
         self.metrics.stored_checkpoints(await asyncio.to_thread(count_checkpoints, self._store))
         self.port = listen(self._server, settings.host, settings.port, self._certificates)
@@ -224,7 +229,7 @@ class Application:
         self._directory.close()
 
 
-def worker_settings(settings: Settings, data_dir: Path) -> WorkerSettings:
+def worker_settings(settings: Settings, data_dir: Path, owner: str) -> WorkerSettings:
     return WorkerSettings(
         model=settings.model,
         device=settings.device,
@@ -236,6 +241,9 @@ def worker_settings(settings: Settings, data_dir: Path) -> WorkerSettings:
         max_lora_rank=settings.limits.max_lora_rank,
         log_level=settings.log_level,
         log_format=logs.resolve(settings.log_format, sys.stderr),
+        store=settings.store,
+        store_cache_bytes=settings.store_cache_bytes,
+        owner=owner,
     )
 
 

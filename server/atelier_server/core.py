@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields
 from enum import IntEnum, StrEnum
 
 ADAPTER_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
+# TENANT/NAME, or NAME alone for the default tenant's: what the store calls an adapter.
+SCOPED_NAME = re.compile(rf"({ADAPTER_NAME.pattern}/)?{ADAPTER_NAME.pattern}")
 ROW_BUCKETS = (2, 4, 8, 16)
 SCHEDULERS = (
     "ddim",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import uuid
 from pathlib import Path
 
 from atelier_server.errors import StartError
 
-# 0 had no version.json; 1 is the same layout, with it.
-VERSION = 1
+# 0 had no version.json; 1 is the same layout, with it; 2 has the adapters of `adapters.store`.
+VERSION = 2
 
 
 class DataDirectory:
@@ -54,6 +55,16 @@ class DataDirectory:
             return 0
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StartError(f"--data-dir: {path} cannot be read: {error}") from None
+
+    @property
+    def identity(self) -> str:
+        """What tells this server from others that use the same store; made once."""
+        path = self.path / "identity"
+        if not path.exists():
+            temporary = path.with_suffix(".part")
+            temporary.write_text(uuid.uuid4().hex)
+            temporary.replace(path)
+        return path.read_text().strip()
 
     def announce(self, **facts: int | None) -> None:
         """Writes server.json, where tests and tools find the ports and processes."""

@@ -25,10 +25,12 @@ AtelierError                       INTERNAL             INTERNAL
 |   +-- WorkerNotReady             UNAVAILABLE          WORKER_NOT_READY
 |   +-- WorkerLost                 UNAVAILABLE          WORKER_LOST
 |   +-- ServerDraining             UNAVAILABLE          SERVER_DRAINING
+|   +-- StoreUnavailable           UNAVAILABLE          STORE_UNAVAILABLE
 +-- Unauthenticated                UNAUTHENTICATED      UNAUTHENTICATED
 |   +-- TokenExpired               UNAUTHENTICATED      TOKEN_EXPIRED
 +-- DataLoss                       DATA_LOSS            ADAPTER_CORRUPT
 +-- CrashLoop                      ABORTED              TRAINING_CRASH_LOOP
++-- TagMoved                       ABORTED              TAG_MOVED
 +-- DeadlineTooShort               DEADLINE_EXCEEDED    DEADLINE_TOO_SHORT
 +-- Cancelled                      CANCELLED            CANCELLED
 
@@ -218,6 +220,10 @@ class TokenExpired(Unauthenticated):
     reason = "TOKEN_EXPIRED"
 
 
+class StoreUnavailable(Unavailable):
+    reason = "STORE_UNAVAILABLE"
+
+
 class DataLoss(AtelierError):
     status = "DATA_LOSS"
     reason = "ADAPTER_CORRUPT"
@@ -231,6 +237,11 @@ class CrashLoop(AtelierError):
 class DeadlineTooShort(AtelierError):
     status = "DEADLINE_EXCEEDED"
     reason = "DEADLINE_TOO_SHORT"
+
+
+class TagMoved(AtelierError):
+    status = "ABORTED"
+    reason = "TAG_MOVED"
 
 
 class Cancelled(AtelierError):

@@ -15,7 +15,10 @@ from atelier_server.origin import NOWHERE, Origin
 # --------------------------------------------------------------------------------------------- commands
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """The first message to a worker: what it needs of the server's settings. `threads` 0 = one a core."""
+    """The first message to a worker: what it needs of the server's settings. `threads` 0 = one a core.
+
+    `store` is the URL of the adapter store, "" for the data directory; `owner` this server's name in it.
+    """
 
     model: str
     device: str
@@ -27,6 +30,9 @@ class WorkerSettings:
     host_adapter_bytes: int
     log_level: str = "info"
     log_format: Literal["text", "json"] = "text"
+    store: str = ""
+    store_cache_bytes: int = 0
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)

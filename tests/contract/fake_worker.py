@@ -20,6 +20,7 @@ from pathlib import Path
 
 from atelier_server import core, messages
 from atelier_server.adapters.store import AdapterStore
+from atelier_server.errors import AtelierError
 from atelier_server.workers import wire
 
 BASE = core.BaseInfo(
@@ -45,7 +46,9 @@ class FakeWorker:
         self.stream = socket.socket(fileno=descriptor).makefile("rwb")
         settings = wire.read(self.stream)
         self.data_dir = Path(settings.data_dir)
-        self.store = AdapterStore(self.data_dir / "adapters")
+        self.store = AdapterStore.at(
+            self.data_dir, settings.store, settings.store_cache_bytes, settings.owner
+        )
         self.resident: set[core.CheckpointId] = set()
         self.held: dict[str, core.GenerationJob | core.TrainingJob] = {}
         self.seen = {"submitted": 0, "cancelled": 0}
@@ -190,23 +193,21 @@ class FakeWorker:
         if path.read_bytes().startswith(b"bad"):
             self.say(messages.CallFailed(call_id, "ADAPTER_MISMATCH", "layer x does not fit"))
             return
-        meta = self.store.create_version(
-            name=name,
-            trigger=trigger,
-            base_model="fake",
-            base_sha256="0" * 64,
-            training="",
-            new_version=new_version,
-        )
-        checkpoint = core.CheckpointId(name, meta.version, 0)
-        self.store.publish(
-            checkpoint,
-            lambda folder: shutil.copyfile(path, folder / "adapter.safetensors") and None,
-            loss=None,
-            rank=4,
-            lora_alpha=4.0,
-        )
-        self.say(messages.AdapterImported(call_id, checkpoint, "diffusers", 7))
+        try:
+            record = self.store.publish_version(
+                lambda folder: shutil.copyfile(path, folder / "adapter.safetensors") and None,
+                name=name,
+                trigger=trigger,
+                base_model="fake",
+                base_sha256="0" * 64,
+                new_version=new_version,
+                rank=4,
+                lora_alpha=4.0,
+            )
+        except AtelierError as error:
+            self.say(messages.CallFailed(call_id, error.reason, error.message))
+            return
+        self.say(messages.AdapterImported(call_id, record.id, "diffusers", 7))
 
     def beat(self) -> None:
         self.say(messages.Heartbeat(0, 0, 0, tuple(sorted(self.resident)), 10, 20, 30, (("base", 5),)))

@@ -147,7 +147,7 @@ async def test_a_rotten_file_and_a_lost_worker_are_told(service: Service) -> Non
     await service.adapters.ImportAdapter(iter(import_requests(b"fine")))
     refusal = await refused(export(service, "guest", adapter_pb2.ADAPTER_FORMAT_KOHYA))
     assert (refusal.code, refusal.reason) == ("UNAVAILABLE", "WORKER_LOST")
-    (file,) = service.application._directory.path.glob("adapters/guest/v1/*/adapter.safetensors")
+    (file,) = service.application._directory.path.glob("adapters/blobs/*/*")
     file.write_bytes(b"rot!")
     refusal = await refused(export(service, "guest"))
     assert (refusal.code, refusal.reason) == ("DATA_LOSS", "ADAPTER_CORRUPT")

@@ -25,7 +25,13 @@ CLIENT_MAY = {"atelier", "google", "grpc", "grpc_status", "IPython", "PIL", "ric
 # A room of atelier_server -> the rooms it may see beside itself. "adapters.store" is the torch-free half.
 NOUNS = {"core", "errors", "origin", "receipt"}
 MESSAGES = {"messages"}
-STORE = {"adapters.store", "adapters.reference"}
+STORE = {
+    f"adapters.{name}"
+    for name in (
+        *("store", "reference", "records", "labels", "trash", "catalog"),
+        *("blobs", "objects", "cache", "staging", "layout"),
+    )
+}
 ROOMS: dict[str, set[str]] = {
     "core": set(),
     "receipt": {"core"},

@@ -1,116 +1,143 @@
-"""The store of adapters on disk: immutable checkpoints, each one folder with a manifest. Torch-free.
+"""The store of adapters: immutable versions and checkpoints below a folder or an object store's URL.
+Torch-free.
 
-    ROOT/NAME/v1/version.json                   what the version was made for (`VersionMeta`)
-    ROOT/NAME/v1/000750/adapter.safetensors     the weights of step 750, and whatever else `publish` wrote
-    ROOT/NAME/v1/000750/manifest.json           digest, size, loss, rank, alpha, time
-    ROOT/.staging/                              folders being written; see `staging`
-
-The disk is the only state: any number of processes may use one root. Folders appear by one rename, so a
-reader sees a version or a checkpoint whole or not at all. Listing reads the small json files only.
+Files lie in `blobs` by their content, small objects in `catalog` tell what they are for. Everything is
+written once; a version or a checkpoint appears with one conditional write, its manifest, when its files are
+there. The store is the only state: any number of servers may use one, and what a process remembers of it is
+only what can never change. See `trash` for what is deleted, `labels` for tags and notes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 import math
-import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from atelier_server.adapters import catalog
+from atelier_server.adapters.blobs import Blobs, StoredFile
+from atelier_server.adapters.cache import FileCache
+from atelier_server.adapters.catalog import (
+    ADAPTER_FILE,
+    VERSION_TAG,
+    Catalog,
+    NameEntries,
+)
+from atelier_server.adapters.labels import Labels
+from atelier_server.adapters.layout import migrate
+from atelier_server.adapters.objects import LocalObjects, Objects, RemoteObjects
+from atelier_server.adapters.records import AdapterVersion, CheckpointRecord, VersionMeta
 from atelier_server.adapters.staging import Staging
-from atelier_server.core import ADAPTER_NAME, AdapterRef, AdapterUse, CheckpointId
+from atelier_server.adapters.trash import Trash
+from atelier_server.core import SCOPED_NAME, AdapterRef, AdapterUse, CheckpointId
 from atelier_server.errors import AdapterExists, AdapterNotFound, DataLoss, InvalidRequest, Violation
 
-ADAPTER_FILE = "adapter.safetensors"
-_VERSION = re.compile(r"v([1-9][0-9]*)")
-_STEP = re.compile(r"[0-9]{6,}")
-_log = logging.getLogger(__name__)
+__all__ = ["ADAPTER_FILE", "AdapterStore", "AdapterVersion", "CheckpointRecord", "VersionMeta"]
 
-
-@dataclass(frozen=True, slots=True)
-class VersionMeta:
-    """One version of an adapter. `training` is the id of the training that made it, "" for an import."""
-
-    name: str
-    version: int
-    trigger: str
-    base_model: str
-    base_sha256: str
-    training: str
-    create_time: float
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointRecord:
-    """One published checkpoint. `path` is its safetensors file; size and digest are that file's.
-
-    `loss` is the mean training loss since the checkpoint before, None for an import; times are in
-    seconds since the epoch.
-    """
-
-    id: CheckpointId
-    path: str
-    sha256: str
-    size_bytes: int
-    create_time: float
-    loss: float | None
-    rank: int
-    lora_alpha: float
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterVersion:
-    """A version with its checkpoints by step."""
-
-    meta: VersionMeta
-    checkpoints: tuple[CheckpointRecord, ...]
-
-    @property
-    def recommended(self) -> CheckpointRecord | None:
-        """What NAME without a step means: the last, as only finite losses are published."""
-        return self.checkpoints[-1] if self.checkpoints else None
-
-    @property
-    def tags(self) -> tuple[str, ...]:
-        return (f"v{self.meta.version}",)
+CACHE_BYTES = 20 * 2**30
+GRACE_SECONDS = 24 * 3600.0
 
 
 class AdapterStore:
-    """The adapters below `root`, which is made when first needed."""
+    """The adapters at `location`: a folder, made when first needed, or a URL such as s3://BUCKET/PREFIX.
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._staging = Staging(root)
+    Files of a remote store are kept in `cache`, at most `cache_bytes` of them. `owner` names this server in
+    the versions that it makes. Files that nothing names are freed when they are older than `grace` seconds.
+    """
+
+    def __init__(
+        self,
+        location: Path | str,
+        *,
+        cache: Path | None = None,
+        cache_bytes: int = CACHE_BYTES,
+        owner: str = "",
+        grace: float = GRACE_SECONDS,
+    ) -> None:
+        self.owner = owner
+        self._objects, self._staging, files = _places(location, cache, cache_bytes)
+        self._blobs = Blobs(self._objects, self._staging, files, grace)
+        self._catalog = Catalog(self._objects, self._blobs)
+        self.labels = Labels(self._objects, self._catalog)
+        self.trash = Trash(self._objects, self._catalog, self._blobs)
+
+    @classmethod
+    def at(cls, data_dir: Path, url: str, cache_bytes: int, owner: str) -> Self:
+        """The store of a server: at `url`, or in its data directory."""
+        location = url or data_dir / "adapters"
+        return cls(location, cache=data_dir / "store-cache", cache_bytes=cache_bytes, owner=owner)
+
+    @property
+    def remote(self) -> bool:
+        return isinstance(self._objects, RemoteObjects)
+
+    def open(self) -> None:
+        """Once, when a server starts: sweeps, brings an older layout into this one, tries a remote store.
+
+        Raises StoreUnavailable.
+        """
+        self.sweep()
+        if isinstance(self._objects, LocalObjects):
+            migrate(self._objects, self._blobs)
+        elif isinstance(self._objects, RemoteObjects):
+            self._objects.check()
+
+    def sweep(self) -> None:
+        """Removes leftovers of interrupted publishes; publishes in progress, anywhere, are left alone."""
+        self._staging.sweep()
 
     # ------------------------------------------------------------------------------------------ writing
     def create_version(
-        self, *, name: str, trigger: str, base_model: str, base_sha256: str, training: str, new_version: bool
+        self,
+        *,
+        name: str,
+        trigger: str,
+        base_model: str,
+        base_sha256: str,
+        training: str,
+        new_version: bool,
+        recipe: Mapping[str, Any] | None = None,
     ) -> VersionMeta:
-        """The adapter's first version, or its next one if `new_version`; versions count from 1.
+        """The adapter's first version, or its next one if `new_version`; numbers are never used twice.
 
         Raises AdapterExists if the name is taken and `new_version` is not set, InvalidRequest for a name
-        that is none, StorageFull.
+        that is none, StorageFull, StoreUnavailable.
         """
-        if not ADAPTER_NAME.fullmatch(name):
-            raise InvalidRequest.of([Violation("name", f"does not match {ADAPTER_NAME.pattern}")])
-        while True:
-            number = max(self._version_numbers(name), default=0) + 1
-            if number > 1 and not new_version:
-                raise AdapterExists(f"adapter {name!r} exists; set new_version to go on from it", name=name)
-            meta = VersionMeta(name, number, trigger, base_model, base_sha256, training, time.time())
-            with self._staging.folder() as staged:
-                (self._root / name).mkdir(exist_ok=True)
-                _write_json(staged / "version.json", asdict(meta))
-                # Another process may have taken the number, or deleted the adapter: look again.
-                with suppress(FileNotFoundError):
-                    if self._staging.place(staged, self._root / name / f"v{number}"):
-                        return meta
+        if not SCOPED_NAME.fullmatch(name):
+            raise InvalidRequest.of([Violation("name", f"does not match {SCOPED_NAME.pattern}")])
+        meta = VersionMeta(
+            name, 0, trigger, base_model, base_sha256, training, time.time(), self.owner, dict(recipe or {})
+        )
+        return self._claim(meta, new_version, None)
+
+    def publish_version(
+        self,
+        write: Callable[[Path], None],
+        *,
+        name: str,
+        trigger: str,
+        base_model: str,
+        base_sha256: str,
+        new_version: bool,
+        rank: int,
+        lora_alpha: float,
+    ) -> CheckpointRecord:
+        """A whole version with one checkpoint, step 0, at once: what is imported or made of other adapters.
+
+        Of two that take one name at once, one gets it. Raises what `create_version` and `publish` raise.
+        """
+        if not SCOPED_NAME.fullmatch(name):
+            raise InvalidRequest.of([Violation("name", f"does not match {SCOPED_NAME.pattern}")])
+        meta = VersionMeta(name, 0, trigger, base_model, base_sha256, "", time.time(), self.owner)
+        with self._written(write) as files:
+            manifest = _manifest(files, loss=None, rank=rank, lora_alpha=lora_alpha)
+            meta = self._claim(meta, new_version, manifest)
+        return self._published(CheckpointId(name, meta.version, 0))
 
     def publish(
         self,
@@ -123,146 +150,223 @@ class AdapterStore:
     ) -> CheckpointRecord:
         """Publishes what `write` puts into the folder it is given: adapter.safetensors and anything else.
 
-        All or nothing: until the rename at the end nothing is visible. A step that is published already
+        All or nothing: until the manifest at the end nothing is visible. A step that is published already
         stays as it is: its record is returned if the weights are the same, AdapterExists is raised if not.
-        Raises AdapterNotFound if the version was not created or has been deleted, StorageFull, and
-        whatever `write` raises.
+        Raises AdapterNotFound if the version was not created or has been deleted, StorageFull,
+        StoreUnavailable, and whatever `write` raises.
         """
         if loss is not None and not math.isfinite(loss):
             raise ValueError(f"a checkpoint with loss {loss} must not be published")
-        target = self.folder(checkpoint)
-        if not (target.parent / "version.json").exists():
+        if self._read_version(checkpoint.name, checkpoint.version) is None:
             raise _version_gone(checkpoint)
-        with self._staging.folder() as staged:
-            write(staged)
-            weights = staged / ADAPTER_FILE
-            manifest = {
-                "sha256": _sha256(weights),
-                "size_bytes": weights.stat().st_size,
-                "create_time": time.time(),
-                "loss": loss,
-                "rank": rank,
-                "lora_alpha": lora_alpha,
-            }
-            _write_json(staged / "manifest.json", manifest)
-            try:
-                placed = self._staging.place(staged, target)
-            except FileNotFoundError:
-                raise _version_gone(checkpoint) from None
-        record = self._record(checkpoint)
-        if record is None:
-            raise _version_gone(checkpoint)
-        if not placed and record.sha256 != manifest["sha256"]:
+        with self._written(write) as files:
+            manifest = _manifest(files, loss=loss, rank=rank, lora_alpha=lora_alpha)
+            if self._read_version(checkpoint.name, checkpoint.version) is None:
+                raise _version_gone(checkpoint)
+            folder = f"{catalog.folder(checkpoint.name)}/v{checkpoint.version}"
+            self._objects.create(f"{folder}/{checkpoint.step:06d}.json", _json(manifest))
+        record = self._published(checkpoint)
+        if record.sha256 != files[ADAPTER_FILE].sha256:
             raise AdapterExists(
                 f"checkpoint {checkpoint} is published with other weights", name=checkpoint.name
             )
         return record
 
-    def delete(self, name: str, version: int | None = None) -> None:
-        """Deletes one version, or the whole adapter. Raises AdapterNotFound."""
-        self._check(name)
-        target = self._root / name if version is None else self._root / name / f"v{version}"
-        if not self._staging.discard(target):
-            raise _missing(name, f"v{version}" if version is not None else "")
-        with suppress(OSError):  # the last version takes the empty folder with it
-            (self._root / name).rmdir()
+    def discard(self, name: str, version: int) -> None:
+        """Takes back a version that has nothing in it. Idempotent."""
+        found = self._read_version(name, version)
+        if found is not None and not found.checkpoints:
+            self._objects.remove(f"{catalog.folder(name)}/v{version}/version.json")
 
-    def sweep(self) -> None:
-        """Removes leftovers of interrupted publishes; publishes in progress, anywhere, are left alone."""
-        self._staging.sweep()
+    def delete(self, name: str, version: int | None = None) -> None:
+        """Hides one version, or the whole adapter, until it is undeleted or collected. Raises
+        AdapterNotFound.
+        """
+        self._check(name)
+        self.trash.delete(name, version)
+
+    @contextmanager
+    def _written(self, write: Callable[[Path], None]) -> Iterator[dict[str, StoredFile]]:
+        """The files of `write`, stored, and young enough to be named by a manifest that the block creates."""
+        with self._staging.folder() as staged:
+            write(staged)
+            while True:
+                files, until = self._blobs.put_folder(staged)
+                if time.time() < until:
+                    break
+            yield files
+
+    def _claim(
+        self, meta: VersionMeta, new_version: bool, checkpoint: Mapping[str, Any] | None
+    ) -> VersionMeta:
+        """Writes version.json under the next free number."""
+        folder = catalog.folder(meta.name)
+        while True:
+            entries = self._entries(meta.name)
+            taken = any(v.checkpoints for v in self._catalog.versions(meta.name, entries))
+            if not new_version and (
+                taken or (checkpoint is None and self._catalog.versions(meta.name, entries))
+            ):
+                raise AdapterExists(f"adapter {meta.name!r} exists; set new_version to go on", name=meta.name)
+            number = max(entries.versions, default=0) + 1
+            content = {**asdict(meta), "version": number, "id": uuid.uuid4().hex}
+            if checkpoint is not None:
+                content["checkpoint"] = checkpoint
+            # Another server may have taken the number meanwhile: look again.
+            if self._objects.create(f"{folder}/v{number}/version.json", _json(content)):
+                return VersionMeta(**{**asdict(meta), "version": number})
+
+    def _published(self, checkpoint: CheckpointId) -> CheckpointRecord:
+        found = self._read_version(checkpoint.name, checkpoint.version)
+        records = {record.id: record for record in found.checkpoints} if found else {}
+        if checkpoint not in records:
+            raise _version_gone(checkpoint)
+        return records[checkpoint]
 
     # ------------------------------------------------------------------------------------------ reading
     def resolve(self, ref: AdapterRef) -> AdapterUse:
-        """The checkpoint that `ref` means now. Raises AdapterNotFound.
+        """The checkpoint that `ref` means now. Raises AdapterNotFound, DataLoss if it is known to be damaged.
 
         No selector: the recommended one of the newest version that has a checkpoint; a step: that of the
-        same version; `vN`: the recommended one of version N.
+        same version; `vN`: the recommended one of version N; a tag: what it was put on.
         """
-        tagged = _VERSION.fullmatch(ref.selector)
-        found = self.version(ref.name, int(tagged[1]) if tagged else None)
-        if ref.selector and not tagged:
-            records = [r for r in found.checkpoints if str(r.id.step) == ref.selector]
-            record = records[0] if records else None
+        self._check(ref.name)
+        entries = self._entries(ref.name)
+        if ref.selector in entries.tags:
+            target = self._catalog.value(entries.tags[ref.selector]).content
+            version, step = target.get("version"), str(target.get("step"))
         else:
-            record = found.recommended
+            tagged = VERSION_TAG.fullmatch(ref.selector)
+            version, step = (int(tagged[1]), "") if tagged else (None, ref.selector)
+        versions = self._catalog.versions(ref.name, entries)
+        record = self._choose(versions, version, step)
         if record is None:
-            raise _missing(ref.name, ref.selector)
+            raise _missing(ref.name, ref.selector if versions else "")
+        if record.damaged:
+            raise _damaged(record.id)
         return AdapterUse(record.id, ref.weight, record.path, record.sha256)
 
     def version(self, name: str, version: int | None = None) -> AdapterVersion:
         """Version `version`, or the newest that has a checkpoint. Raises AdapterNotFound."""
         self._check(name)
-        numbers = [version] if version is not None else sorted(self._version_numbers(name), reverse=True)
-        for number in numbers:
-            found = self._read_version(name, number)
-            if found is not None and (found.checkpoints or version is not None):
+        for found in reversed(self._catalog.versions(name, self._entries(name))):
+            if version == found.meta.version or (version is None and found.checkpoints):
                 return found
         raise _missing(name, f"v{version}" if version is not None else "")
 
-    def versions(self) -> list[AdapterVersion]:
-        """Every version by name, then number; also those without a checkpoint yet."""
-        if not self._root.is_dir():
-            return []
-        names = sorted(path.name for path in self._root.iterdir() if ADAPTER_NAME.fullmatch(path.name))
-        found = (self._read_version(name, n) for name in names for n in sorted(self._version_numbers(name)))
-        return [version for version in found if version is not None]
+    def versions(self, tenant: str | None = None, *, deleted: bool = False) -> list[AdapterVersion]:
+        """Every version by name, then number; also those without a checkpoint yet.
+
+        Of all tenants, or of one ("" is the default tenant); `deleted`: those that wait in the trash instead.
+        """
+        listed = self._catalog.listed(f"names/@{tenant}" if tenant else "names")
+        names = sorted(name for name in listed if tenant is None or name.rpartition("/")[0] == tenant)
+        damaged = self._blobs.damaged()
+        return [
+            v for name in names for v in self._catalog.versions(name, listed[name], damaged, deleted=deleted)
+        ]
 
     def last_checkpoint(self, name: str, version: int) -> CheckpointRecord | None:
         """The checkpoint with the highest step of that version, if there is one."""
-        found = self._read_version(name, version) if ADAPTER_NAME.fullmatch(name) else None
+        found = self._read_version(name, version)
         return found.checkpoints[-1] if found and found.checkpoints else None
+
+    def is_here(self, record: CheckpointRecord) -> bool:
+        """Whether its weights can be read without a network."""
+        return ADAPTER_FILE in record.files and self._blobs.is_here(record.files[ADAPTER_FILE])
+
+    # -------------------------------------------------------------------------------------------- files
+    def file(self, checkpoint: CheckpointId, name: str = ADAPTER_FILE) -> Path:
+        """A file of a checkpoint on this machine, fetched where it is remote, its checksum verified.
+
+        Raises AdapterNotFound, FileNotFoundError if the checkpoint has no such file, DataLoss (then what is
+        rotten is in quarantine, and lists show the adapter as damaged).
+        """
+        record = self._published(checkpoint)
+        if record.damaged and not record.files:
+            raise _damaged(checkpoint)
+        if name not in record.files:
+            raise FileNotFoundError(name)
+        file = record.files[name]
+        return self._blobs.fetch(file.sha256, self._blobs.path(file), str(checkpoint))
+
+    def fetch(self, use: AdapterUse) -> Path:
+        """The weights of a use on this machine, verified, though its version may have been deleted since.
+
+        Raises AdapterNotFound if they are gone for that reason, else DataLoss.
+        """
+        try:
+            return self._blobs.fetch(use.sha256, Path(use.path), str(use.checkpoint))
+        except DataLoss:
+            self._published(use.checkpoint)
+            raise
 
     def verify(self, record: CheckpointRecord) -> None:
         """Reads the weights and compares their digest. Raises DataLoss if they are missing or differ."""
-        try:
-            intact = _sha256(Path(record.path)) == record.sha256
-        except FileNotFoundError:
-            intact = False
-        if not intact:
-            raise DataLoss(f"the file of {record.id} does not match its checksum")
+        self.file(record.id)
 
-    def folder(self, checkpoint: CheckpointId) -> Path:
-        """Where that checkpoint is, or would be. Raises AdapterNotFound for a name that is none."""
-        self._check(checkpoint.name)
-        return self._root / checkpoint.name / f"v{checkpoint.version}" / f"{checkpoint.step:06d}"
+    @contextmanager
+    def checkout(self, checkpoint: CheckpointId) -> Iterator[Path]:
+        """A folder with all files of a checkpoint under their names, for the block. Raises what `file`
+        raises.
+        """
+        record = self._published(checkpoint)
+        with self._staging.folder() as folder:
+            for name in record.files:
+                (folder / name).symlink_to(self.file(checkpoint, name).absolute())
+            yield folder
 
-    # ---------------------------------------------------------------------------------------- the files
+    # ------------------------------------------------------------------------------------------ inside
     def _check(self, name: str) -> None:
-        """No path is ever made of a string that is not an adapter's name."""
-        if not ADAPTER_NAME.fullmatch(name):
+        """No key is ever made of a string that is not an adapter's name."""
+        if not SCOPED_NAME.fullmatch(name):
             raise _missing(name, "")
 
-    def _version_numbers(self, name: str) -> Iterator[int]:
-        with suppress(FileNotFoundError):
-            for path in (self._root / name).iterdir():
-                if match := _VERSION.fullmatch(path.name):
-                    yield int(match[1])
+    def _entries(self, name: str) -> NameEntries:
+        return self._catalog.listed(catalog.folder(name)).get(name, NameEntries())
 
     def _read_version(self, name: str, version: int) -> AdapterVersion | None:
-        folder = self._root / name / f"v{version}"
-        try:
-            meta = VersionMeta(**_read_json(folder / "version.json"))
-            steps = sorted(int(path.name) for path in folder.iterdir() if _STEP.fullmatch(path.name))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (ValueError, TypeError) as error:
-            _log.warning("version %d of adapter %s cannot be read: %s", version, name, error)
-            return None
-        records = (self._record(CheckpointId(name, version, step)) for step in steps)
-        return AdapterVersion(meta, tuple(record for record in records if record is not None))
+        with suppress(AdapterNotFound):
+            return self.version(name, version)
+        return None
 
-    def _record(self, checkpoint: CheckpointId) -> CheckpointRecord | None:
-        """None if it is not there, or (with a warning in the log) damaged: one bad file hides only itself."""
-        folder = self.folder(checkpoint)
-        try:
-            return CheckpointRecord(
-                checkpoint, str(folder / ADAPTER_FILE), **_read_json(folder / "manifest.json")
-            )
-        except FileNotFoundError:
-            return None
-        except (ValueError, TypeError) as error:
-            _log.warning("the manifest of %s in %s cannot be read: %s", checkpoint, folder, error)
-            return None
+    @staticmethod
+    def _choose(versions: list[AdapterVersion], version: int | None, step: str) -> CheckpointRecord | None:
+        for found in reversed(versions):
+            if version == found.meta.version or (version is None and found.checkpoints):
+                if not step:
+                    return found.recommended
+                return next((r for r in found.checkpoints if str(r.id.step) == step), None)
+        return None
+
+
+def _places(
+    location: Path | str, cache: Path | None, cache_bytes: int
+) -> tuple[Objects, Staging, FileCache | None]:
+    """Where the objects are, where files are written before, and where remote ones are kept."""
+    url = str(location)
+    if "://" not in url or url.startswith("file://"):
+        root = Path(url.removeprefix("file://"))
+        staging = Staging(root)
+        return LocalObjects(root, staging), staging, None
+    if cache is None:
+        raise ValueError("a remote store needs a folder for its cache")
+    return RemoteObjects(url), Staging(cache), FileCache(cache, cache_bytes)
+
+
+def _manifest(
+    files: Mapping[str, StoredFile], *, loss: float | None, rank: int, lora_alpha: float
+) -> dict[str, Any]:
+    if ADAPTER_FILE not in files:
+        raise FileNotFoundError(f"nothing was written to {ADAPTER_FILE}")
+    return {
+        "id": uuid.uuid4().hex,
+        "files": {name: asdict(file) for name, file in files.items()},
+        "create_time": time.time(),
+        "loss": loss,
+        "rank": rank,
+        "lora_alpha": lora_alpha,
+    }
 
 
 def _missing(name: str, selector: str) -> AdapterNotFound:
@@ -274,17 +378,11 @@ def _version_gone(checkpoint: CheckpointId) -> AdapterNotFound:
     return _missing(checkpoint.name, f"v{checkpoint.version}")
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1, sort_keys=True, allow_nan=False))
+def _damaged(checkpoint: CheckpointId) -> DataLoss:
+    return DataLoss(
+        f"{checkpoint} is damaged: import it again to heal it, or delete it", {"adapter": str(checkpoint)}
+    )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text())
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} holds no object")
-    return content
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _json(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, indent=1, sort_keys=True, allow_nan=False).encode()

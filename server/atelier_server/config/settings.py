@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal, Self
@@ -79,6 +80,9 @@ class Settings(BaseModel):
     insecure: bool = Field(default=False, description="listen beyond loopback without TLS or without tokens")
     reflection: bool = Field(default=True, description="answer gRPC server reflection")
     data_dir: Path = Field(default=Path("data"), description="jobs, adapters, uploads")
+    store: str = Field(default="", description="adapters elsewhere: s3://BUCKET/PREFIX; not set = DATA_DIR")
+    store_cache_gb: float = Field(default=20.0, gt=0, description="files of a remote --store kept here")
+    retention_days: float = Field(default=7.0, ge=0, description="deleted adapters can be undeleted so long")
     slots: int = Field(default=16, ge=1, le=1024, description="adapters on the device")
     host_adapter_bytes: int = Field(
         default=2 * 2**30, ge=0, description="adapters kept in host memory, ready for a slot"
@@ -99,6 +103,13 @@ class Settings(BaseModel):
     )
     limits: Limits = Field(default_factory=Limits)
     quotas: Quotas = Field(default_factory=Quotas)
+
+    @field_validator("store")
+    @classmethod
+    def _url(cls, value: str) -> str:
+        if value and not re.fullmatch(r"[a-z][a-z0-9+]*://[^/\s]*(/\S*)?", value):
+            raise ValueError(f"{value!r} is no URL such as s3://BUCKET/PREFIX")
+        return value.rstrip("/")
 
     @field_validator("device")
     @classmethod
@@ -162,6 +173,10 @@ class Settings(BaseModel):
             f"--slots: {self.slots} are too few for one picture with "
             f"limits.max_adapters_per_image={most} adapters"
         ]
+
+    @property
+    def store_cache_bytes(self) -> int:
+        return int(self.store_cache_gb * 2**30)
 
     @property
     def authenticates(self) -> bool:

@@ -9,6 +9,7 @@ import shutil
 import string
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import asdict
 from typing import TypeVar
 
 from atelier_server import origin
@@ -103,6 +104,7 @@ class Trainings:
             training=training,
             # `check` has let it pass: versions that may be there have nothing in them.
             new_version=True,
+            recipe=asdict(draft.recipe),
         )
         record = TrainingRecord(
             id=training,
@@ -122,7 +124,7 @@ class Trainings:
             await upload.move_to(self._log.folder(training) / "images")
             record = await self._book.do(self._book.insert, record, accepted)
         except BaseException:
-            await asyncio.to_thread(self._store.delete, draft.name, meta.version)
+            await asyncio.to_thread(self._store.discard, draft.name, meta.version)
             await asyncio.to_thread(shutil.rmtree, self._log.folder(training), ignore_errors=True)
             raise
         ids = {"training": training, "adapter": draft.name, "request_id": came_from.request_id}
@@ -134,11 +136,12 @@ class Trainings:
         """Removes versions that a server made for a training which it did not live to write down."""
         for version in await asyncio.to_thread(self._store.versions):
             training = version.meta.training
-            if training and not version.checkpoints:
+            # Another server's are none of ours: its book is not this one.
+            if training and not version.checkpoints and version.meta.owner in ("", self._store.owner):
                 known = await self._book.do(self._book.training, training)
                 owner = await self._book.do(self._book.latest, version.meta.name)
                 if known is None and owner is None:
-                    await asyncio.to_thread(self._store.delete, version.meta.name, version.meta.version)
+                    await asyncio.to_thread(self._store.discard, version.meta.name, version.meta.version)
 
     # --------------------------------------------------------------------------------------------- read
     async def find(self, name: str) -> TrainingRecord:

@@ -81,7 +81,8 @@ class LoraTrainer:
         self._leaves = self._trainable(self._read(resume_at) if resuming else self._initial())
         self._begin()
         if resuming:
-            self._state.restore(self._store.folder(resume_at), resume_at.step)
+            with self._store.checkout(resume_at) as folder:
+                self._state.restore(folder, resume_at.step)
             self.published = self._find(resume_at)
             self.step = resume_at.step
 
@@ -202,9 +203,8 @@ class LoraTrainer:
         )
 
     def _read(self, checkpoint: CheckpointId) -> CanonicalAdapter:
-        path = self._store.folder(checkpoint) / ADAPTER_FILE
         try:
-            adapter = decode_stored(path.read_bytes())
+            adapter = decode_stored(self._store.file(checkpoint).read_bytes())
             self._bank.check(adapter)
         except (OSError, UnsupportedFormat, AdapterMismatch) as error:
             raise DataLoss(f"the weights of {checkpoint} cannot be read: {error}") from error

@@ -32,7 +32,7 @@ from atelier_server.diffusion.images import encode_picture
 from atelier_server.diffusion.trajectory import Trajectory
 from atelier_server.engine.runner import Decoded, Memory, Published, StepReport
 from atelier_server.engine.scheduler import ImageTask
-from atelier_server.errors import AdapterNotFound, DataLoss, NonfiniteImage, OutOfMemory, UnsupportedFormat
+from atelier_server.errors import DataLoss, NonfiniteImage, OutOfMemory, UnsupportedFormat
 from atelier_server.messages import WorkerSettings
 from atelier_server.receipt import receipt
 from atelier_server.training.trainer import LoraTrainer
@@ -51,10 +51,11 @@ class TorchRunner:
         self.bank.wrap(self.base.unet, "unet")
         self.denoiser = Denoiser(self.base.unet, self.base.scheduler_config)
         self._info = device.describe(self.base, self.denoiser.prediction_type)
-        self.store = AdapterStore(Path(settings.data_dir) / "adapters")
+        self.store = AdapterStore.at(
+            Path(settings.data_dir), settings.store, settings.store_cache_bytes, settings.owner
+        )
         self._pictures: dict[int, Picture] = {}  # by arrival
         self._texts = Texts(self.base)
-        self._verified: set[AdapterUse] = set()
         self.host = HostTier(self._read, settings.host_adapter_bytes)
         # Told by the heartbeat's thread, so counted here and not there.
         self._base_bytes = device.weight_bytes(self.base)
@@ -155,26 +156,17 @@ class TorchRunner:
     ) -> tuple[CheckpointId, str, int]:
         adapter, layout = read_adapter(Path(path), self.bank.layers)
         self.bank.check(adapter)
-        meta = self.store.create_version(
+        largest = adapter.largest
+        record = self.store.publish_version(
+            lambda folder: write_stored(adapter, folder / ADAPTER_FILE),
             name=name,
             trigger=trigger,
             base_model=self.base.reference,
             base_sha256=self.base.sha256,
-            training="",
             new_version=new_version,
+            rank=largest.rank if largest else 0,
+            lora_alpha=largest.alpha if largest else 0.0,
         )
-        largest = adapter.largest
-        try:
-            record = self.store.publish(
-                CheckpointId(name, meta.version, 0),
-                lambda folder: write_stored(adapter, folder / ADAPTER_FILE),
-                loss=None,
-                rank=largest.rank if largest else 0,
-                lora_alpha=largest.alpha if largest else 0.0,
-            )
-        except Exception:
-            self.store.delete(name, meta.version)
-            raise
         return record.id, layout, len(adapter.modules)
 
     def export_adapter(self, use: AdapterUse, layout: str, path: str) -> tuple[int, str]:
@@ -183,21 +175,12 @@ class TorchRunner:
         return target.stat().st_size, _sha256(target)
 
     def _read(self, use: AdapterUse) -> CanonicalAdapter:
-        """A checkpoint of the store, its checksum verified the first time. Raises DataLoss."""
-        path = Path(use.path)
-        metadata = {"adapter": str(use.checkpoint)}
+        """A checkpoint of the store, its checksum verified. Raises DataLoss, AdapterNotFound."""
         try:
-            file = path.read_bytes()
-            if use not in self._verified and hashlib.sha256(file).hexdigest() != use.sha256:
-                raise DataLoss(f"{use.checkpoint}: the stored file does not match its checksum", metadata)
-            adapter = decode_stored(file)
-        except FileNotFoundError as error:
-            raise AdapterNotFound(
-                f"{use.checkpoint} has been deleted", metadata, name=str(use.checkpoint)
-            ) from error
-        except UnsupportedFormat as error:
+            adapter = decode_stored(self.store.fetch(use).read_bytes())
+        except (FileNotFoundError, UnsupportedFormat) as error:
+            metadata = {"adapter": str(use.checkpoint)}
             raise DataLoss(f"{use.checkpoint}: the stored file is unreadable", metadata) from error
-        self._verified.add(use)
         return pinned(adapter) if self.base.device.type == "cuda" else adapter
 
     # ------------------------------------------------------------------------------------------ trainings

@@ -197,16 +197,17 @@ def test_a_full_disk_at_a_checkpoint_loses_nothing(studio: Studio, monkeypatch: 
 def test_a_damaged_checkpoint_is_data_loss(studio: Studio) -> None:
     trainer = studio.trainer()
     steps(trainer, 1)
-    folder = studio.store.folder(trainer.publish().id)
+    files = trainer.publish().files
     for name in ("training-state.safetensors", "training-state.json", "adapter.safetensors"):
-        whole = (folder / name).read_bytes()
+        path = studio.store._blobs.path(files[name])
+        whole = path.read_bytes()
         for content in (None, b"", b"{}", whole[:-1]):
-            (folder / name).unlink()
+            path.unlink()
             if content is not None:
-                (folder / name).write_bytes(content)
+                path.write_bytes(content)
             with pytest.raises(DataLoss):
                 studio.trainer(resume_step=1)
-            (folder / name).write_bytes(whole)
+            path.write_bytes(whole)
     assert studio.trainer(resume_step=1).step == 1
 
 
