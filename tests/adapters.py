@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,9 +16,8 @@ from atelier_server.adapters.format import write_adapter
 def random_adapter(seed: int, *, rank: int, alpha: float, convolutions: bool = False) -> CanonicalAdapter:
     """A visible change of the U-Net's attention, of its convolutions too if asked."""
     generator = torch.Generator().manual_seed(seed)
-    unet = StableDiffusionPipeline.from_pretrained(pocket.path(), dtype=torch.float32).unet
     modules = {}
-    for name, module in unet.named_modules():
+    for name, module in _unet().named_modules():
         if isinstance(module, torch.nn.Linear) and ".attn" in name:
             a = torch.randn(rank, module.in_features, generator=generator) / module.in_features**0.5
             b = torch.randn(module.out_features, rank, generator=generator) * 0.1
@@ -29,6 +29,13 @@ def random_adapter(seed: int, *, rank: int, alpha: float, convolutions: bool = F
             continue
         modules[f"unet.{name}"] = LoraModule(a, b, alpha)
     return CanonicalAdapter(modules)
+
+
+@cache
+def _unet() -> torch.nn.Module:
+    """Of pocket, for its names and shapes."""
+    unet: torch.nn.Module = StableDiffusionPipeline.from_pretrained(pocket.path(), dtype=torch.float32).unet
+    return unet
 
 
 def write(adapter: CanonicalAdapter, path: Path) -> Path:
