@@ -74,7 +74,7 @@ class Application:
             self._runs,
             self._store,
             limit=limits.max_queued_trainings,
-            row_seconds=lambda: self.status.row_seconds,
+            row_seconds=lambda: self.status.costs.row_seconds,
         )
         calls = Calls(send)
         wardrobe = Wardrobe(

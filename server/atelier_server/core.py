@@ -278,6 +278,27 @@ class TrainingJob:
 
 # ---------------------------------------------------------------------------------------------- the base
 @dataclass(frozen=True, slots=True)
+class Costs:
+    """What painting costs on this device, measured at the start.
+
+    `row_seconds`: a row of the smallest forward at the base's native size. `row_pixel_bytes`: what a forward
+    needs beside the weights, for each row and pixel; `decode_pixel_bytes`: the same for decoding a picture.
+    `free_bytes`: what there was for it.
+    """
+
+    row_seconds: float = 0.0
+    row_pixel_bytes: float = 0.0
+    decode_pixel_bytes: float = 0.0
+    free_bytes: int = 0
+
+    def forward_bytes(self, rows: int, width: int, height: int) -> int:
+        return int(rows * width * height * self.row_pixel_bytes)
+
+    def decode_bytes(self, width: int, height: int) -> int:
+        return int(width * height * self.decode_pixel_bytes)
+
+
+@dataclass(frozen=True, slots=True)
 class BaseInfo:
     """The resident base model. `scheduler_options`: of each scheduler, which `SchedulerOptions` it has."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from atelier_server.core import AdapterUse, BaseInfo, CheckpointId, GenerationJob, State, TrainingJob
+from atelier_server.core import AdapterUse, BaseInfo, CheckpointId, Costs, GenerationJob, State, TrainingJob
 from atelier_server.origin import NOWHERE, Origin
 
 
@@ -102,11 +102,9 @@ Command = Submit | Cancel | LoadAdapter | UnloadAdapter | ImportAdapter | Export
 # ----------------------------------------------------------------------------------------------- events
 @dataclass(frozen=True, slots=True)
 class WorkerReady:
-    """`row_seconds`: what a row of a forward costs at the base's native size, measured at the start."""
-
     base: BaseInfo
     slots: int
-    row_seconds: float
+    costs: Costs
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ class FakeWorker:
         if settings.model == "broken":
             self.say(messages.WorkerFailed("UNSUPPORTED_FORMAT", "there is no such model"))
             sys.exit(1)
-        self.say(messages.WorkerReady(BASE, settings.slots, 0.01))
+        self.say(messages.WorkerReady(BASE, settings.slots, core.Costs(0.01, 100.0, 100.0, 10**9)))
 
     def say(self, *events: messages.Event) -> None:
         for event in events:

@@ -108,6 +108,17 @@ async def test_a_deadline_that_cannot_be_met_costs_nothing(service: Service) -> 
     assert (await service.generate("a", num_inference_steps=200))[-1].completed.seed
 
 
+async def test_a_picture_that_cannot_fit_the_device_costs_nothing(service: Service) -> None:
+    size = {"width": 1024, "height": 1024, "num_inference_steps": 1}
+    strict = {"reproducibility": generation_pb2.REPRODUCIBILITY_STRICT, "batch_bucket": 16}
+    refusal = await refused(service.generate("hold", **size, **strict))
+    assert (refusal.code, refusal.reason) == ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY")
+    assert refusal.metadata["needed_bytes"] == str(16 * 1024 * 1024 * 100)
+    assert refusal.metadata["free_bytes"] == str(10**9)
+    assert json.loads(pictures(await service.generate("look"))[0])["submitted"] == 1
+    await service.generate("a", **size)
+
+
 async def test_priorities_and_clients_reach_the_worker(service: Service) -> None:
     messages = await service.generate("a", priority=generation_pb2.PRIORITY_HIGH)
     assert json.loads(pictures(messages)[0])["priority"] == "HIGH"

@@ -81,11 +81,15 @@ class BaseModel:
         return (posterior.mean[0] - shift) * scale, posterior.std[0] * scale
 
     @torch.no_grad()
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """[C, h, w] latents to [3, H, W] pixels in 0..1, float32 on the CPU. Always a batch of one."""
+    def decode_latents(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
+        """[C, h, w] latents to [3, H, W] pixels in 0..1, float32 on the CPU. Always a batch of one.
+
+        `tiled` decodes overlapping tiles one after another: less memory, and faint differences in between.
+        """
         shift, scale = self._latent_units()
         latents = latents.to(self.vae.dtype) / scale + shift
-        image = self.vae.decode(latents[None], return_dict=False)[0][0]
+        decode = self.vae.tiled_decode if tiled else self.vae.decode
+        image = decode(latents[None], return_dict=False)[0][0]
         return (image / 2 + 0.5).clamp(0, 1).float().cpu()  # type: ignore[no-any-return]
 
     def _latent_units(self) -> tuple[Tensor | float, Tensor | float]:

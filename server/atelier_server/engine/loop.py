@@ -14,7 +14,7 @@ from atelier_server.core import AdapterUse, CheckpointId, GenerationJob, Trainin
 from atelier_server.engine.generations import Generations
 from atelier_server.engine.residency import Residency
 from atelier_server.engine.runner import Decoded, Runner
-from atelier_server.engine.scheduler import DenoiseBatch, ImageTask, Scheduler, TrainStep
+from atelier_server.engine.scheduler import DenoiseBatch, ImageTask, Scheduler, TrainStep, all_rows
 from atelier_server.engine.trainings import SampleDefaults, Trainings
 from atelier_server.errors import AtelierError, OutOfMemory
 from atelier_server.messages import (
@@ -68,6 +68,7 @@ class Loop:
         emit: Callable[[Event], None],
         slots: int,
         sample_defaults: SampleDefaults,
+        row_limit: Callable[[int, int], int] = all_rows,
         aside: Executor | None = None,
     ) -> None:
         self._runner = runner
@@ -75,7 +76,7 @@ class Loop:
         self._inbox = inbox
         self._send = emit
         self.residency = Residency(slots)
-        self.scheduler = Scheduler(self.residency)
+        self.scheduler = Scheduler(self.residency, row_limit)
         self.generations = Generations(self._emit_generation)
         self.trainings = Trainings(
             emit=emit,

@@ -63,6 +63,10 @@ Lane = tuple[int, int, int, str]
 Flow = tuple[str, Priority]
 
 
+def all_rows(width: int, height: int) -> int:  # noqa: ARG001 - the largest forward, whatever the size
+    return ROW_BUCKETS[-1]
+
+
 class Scheduler:
     """Lanes share the device by what their forwards cost, clients share the rows of a lane's forward; both
     by priority. What one client asked for at one priority runs in the order of arrival.
@@ -71,11 +75,7 @@ class Scheduler:
     `row_limit` tells how many rows of a width and a height fit the memory.
     """
 
-    def __init__(
-        self,
-        residency: Residency,
-        row_limit: Callable[[int, int], int] = lambda _width, _height: ROW_BUCKETS[-1],
-    ) -> None:
+    def __init__(self, residency: Residency, row_limit: Callable[[int, int], int] = all_rows) -> None:
         self._residency = residency
         self._row_limit = row_limit
         self._tasks: list[ImageTask] = []

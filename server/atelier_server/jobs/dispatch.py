@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from atelier_server.core import ROW_BUCKETS, BaseInfo, CheckpointId, GenerationJob
-from atelier_server.errors import WorkerNotReady
+from atelier_server.core import ROW_BUCKETS, BaseInfo, CheckpointId, Costs, GenerationJob
+from atelier_server.errors import OutOfMemory, WorkerNotReady
 from atelier_server.jobs.calls import Calls
 from atelier_server.jobs.generations import Generations
 from atelier_server.jobs.training_runs import TrainingRuns
@@ -62,7 +62,7 @@ class WorkerStatus:
     slots: int = 0
     restarts: int = 0
     heartbeat: Heartbeat | None = None
-    row_seconds: float = 0.0
+    costs: Costs = field(default_factory=Costs)
 
     def known_base(self) -> BaseInfo:
         """Raises WorkerNotReady until a worker has told its base model."""
@@ -76,7 +76,18 @@ class WorkerStatus:
         base = self.known_base()
         larger = job.width * job.height / (base.native_width * base.native_height)
         forwards = -(-job.num_images * job.rows_per_image // ROW_BUCKETS[-1]) * job.num_inference_steps
-        return 0.5 * forwards * ROW_BUCKETS[0] * self.row_seconds * larger
+        return 0.5 * forwards * ROW_BUCKETS[0] * self.costs.row_seconds * larger
+
+    def check_memory(self, job: GenerationJob) -> None:
+        """Raises OutOfMemory for a picture that does not fit the device even alone."""
+        rows = job.bucket or ROW_BUCKETS[0]
+        needed, free = self.costs.forward_bytes(rows, job.width, job.height), self.costs.free_bytes
+        if free and needed > free:
+            raise OutOfMemory(
+                f"{rows} rows of {job.width} x {job.height} need {needed} bytes, and the device has {free}: "
+                "ask for a smaller size" + (" or batch_bucket" if rows > ROW_BUCKETS[0] else ""),
+                {"needed_bytes": str(needed), "free_bytes": str(free)},
+            )
 
     def resident(self) -> frozenset[CheckpointId]:
         return frozenset(self.heartbeat.resident) if self.heartbeat else frozenset()
@@ -153,7 +164,7 @@ class Dispatcher:
     async def _ready(self, event: WorkerReady) -> None:
         status = self._status
         status.ready, status.message = True, ""
-        status.base, status.slots, status.row_seconds = event.base, event.slots, event.row_seconds
+        status.base, status.slots, status.costs = event.base, event.slots, event.costs
         _log.info("the worker is ready: %s on %s", event.base.reference, event.base.device)
         self._metrics.worker_ready()
         self._calls.worker_ready()

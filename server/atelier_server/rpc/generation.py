@@ -36,6 +36,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         if reader is None:
             adapters = await self._wardrobe.resolve(draft.refs)
             job = replace(draft.job, adapters=adapters, client=_host(context.peer()))
+            self._status.check_memory(job)
             _check_deadline(context.time_remaining(), self._status.least_seconds(job))
             reader = self._generations.admit(job, draft.request_id, draft.body_hash)
         # Both: a stream that is dropped between two messages is noticed only by the callback.

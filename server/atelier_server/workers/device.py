@@ -78,6 +78,19 @@ def out_of_memory(error: Exception, device: torch.device) -> OutOfMemory | None:
     return OutOfMemory(f"{message}; ask for a smaller size", facts)
 
 
+def free_bytes(device: torch.device) -> int:
+    """What more can be had: of a GPU what neither it nor torch's allocator holds in use, of a CPU the
+    system's free memory or what the control group leaves."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    free = _meminfo("MemAvailable")
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        free = min(free, int(text) - int(used.read_text()))
+    return max(0, free)
+
+
 def weight_bytes(base: BaseModel) -> int:
     """Memory of the base's weights."""
     return sum(p.nbytes for module in base.modules.values() for p in module.parameters())

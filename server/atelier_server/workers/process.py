@@ -125,15 +125,16 @@ def serve(connection: socket.socket) -> int:
         outbox.put(WorkerFailed("MODEL_UNUSABLE", f"model {settings.model!r}: {error}"))
         outbox.close()
         return 1
-    info = runner.info
+    info, costs = runner.info, runner.measure()
     loop = Loop(
         runner=runner,
         inbox=inbox,
         emit=outbox.put,
         slots=settings.slots,
+        row_limit=runner.row_limit,
         sample_defaults=SampleDefaults(info.native_width, info.native_height, info.default_scheduler),
     )
-    outbox.put(WorkerReady(info, settings.slots, runner.warm_up()))
+    outbox.put(WorkerReady(info, settings.slots, costs))
     stopped = threading.Event()
     threading.Thread(
         target=_beat, args=(loop, runner, outbox, stopped), name="heartbeat", daemon=True

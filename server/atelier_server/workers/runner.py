@@ -9,6 +9,7 @@ import hashlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,11 +25,12 @@ from atelier_server.adapters.format import Layout, read_adapter, write_adapter
 from atelier_server.adapters.host import HostTier, pinned
 from atelier_server.adapters.store import ADAPTER_FILE, AdapterStore, CheckpointRecord
 from atelier_server.adapters.stored import decode_stored, write_stored
-from atelier_server.core import AdapterUse, BaseInfo, CheckpointId, TrainingJob
+from atelier_server.core import AdapterUse, BaseInfo, CheckpointId, Costs, TrainingJob
 from atelier_server.diffusion.base import load_base
 from atelier_server.diffusion.conditioning import Conditioning, Framing
 from atelier_server.diffusion.denoiser import Denoiser, Picture
 from atelier_server.diffusion.images import encode_picture
+from atelier_server.diffusion.meter import peak_bytes
 from atelier_server.diffusion.trajectory import Trajectory
 from atelier_server.engine.runner import Decoded, Memory, Published, StepReport
 from atelier_server.engine.scheduler import ImageTask
@@ -38,6 +40,10 @@ from atelier_server.receipt import receipt
 from atelier_server.training.trainer import LoraTrainer
 from atelier_server.workers import device
 from atelier_server.workers.texts import Texts
+
+# Of the free memory; the rest is for what kernels use inside, and for fragments.
+_MEMORY_SHARE = 0.9
+_FREE_SECONDS = 0.5  # how long the free memory is taken to stay the same
 
 
 class TorchRunner:
@@ -63,8 +69,12 @@ class TorchRunner:
         self._trainings: tuple[weakref.ref[TrainerRun], ...] = ()
         # On a CPU the libraries are most of a process; nearly nothing of a GPU is taken at this point.
         self._runtime_bytes = max(0, device.memory(self.base.device).allocated - self._base_bytes)
+        self._costs = Costs()
+        self._free_bytes, self._free_at = 0, -_FREE_SECONDS
         self._rows: tuple[RowsKey, ActiveRows] | None = None
         # One thread: pictures are decoded in the order in which they were finished.
+        cuda = self.base.device.type == "cuda"
+        self._stream = torch.cuda.Stream(self.base.device) if cuda else None  # type: ignore[no-untyped-call]
         self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decoder")
 
     # ------------------------------------------------------------------------------------------- pictures
@@ -117,7 +127,8 @@ class TorchRunner:
     def _decode(self, task: ImageTask, latents: Tensor, done: Callable[[Decoded], None]) -> None:
         began = decoded = monotonic()
         try:
-            pixels = self.base.decode_latents(latents)
+            with self._beside(latents):
+                pixels = self.base.decode_latents(latents, tiled=self._large(task))
             if not bool(pixels.isfinite().all()):
                 raise NonfiniteImage(
                     "the picture has values that are not finite: lower the guidance or weights"
@@ -130,6 +141,19 @@ class TorchRunner:
         else:
             ended = monotonic()
             done(Decoded(data, decoded - began, ended - decoded, ended))
+
+    def _beside(self, latents: Tensor) -> AbstractContextManager[object]:
+        """On a GPU a stream of its own: decoding does not hold up the next step, nor wait for it."""
+        if self._stream is None:
+            return nullcontext()
+        latents.record_stream(self._stream)
+        return torch.cuda.stream(self._stream)
+
+    def _large(self, task: ImageTask) -> bool:
+        """Whether decoding it whole would take half the device: by its total memory, so that a size is always
+        decoded the same way."""
+        needed = self._costs.decode_bytes(task.job.width, task.job.height)
+        return needed > self._info.memory_total_bytes // 2
 
     def gather(self, rows: list[list[tuple[int, float]]]) -> ActiveRows:
         """The bank's rows, gathered anew only when the batch or a slot has changed."""
@@ -196,20 +220,41 @@ class TorchRunner:
     def info(self) -> BaseInfo:
         return self._info
 
-    def warm_up(self) -> float:
-        """Runs a forward of two rows at native size twice; what a row of the second cost, in seconds."""
-        base, seconds = self.base, 0.0
-        shape = base.latent_shape(base.native_width, base.native_height)
+    def measure(self) -> Costs:
+        """Runs a forward of two rows at native size twice, and decodes one picture."""
+        base = self.base
+        pixels, shape = (
+            base.native_width * base.native_height,
+            base.latent_shape(base.native_width, base.native_height),
+        )
         latents = torch.zeros((2, *shape), device=base.device, dtype=base.dtype)
         framing = Framing.whole(base.native_width, base.native_height)
         prompts = Conditioning.stack([base.family.condition(self._texts.prompt(""), framing)], 2)
         timesteps = torch.zeros(2, device=base.device)
-        for _ in range(2):
-            before = monotonic()
+
+        def forward() -> None:
             with torch.no_grad():
                 self.denoiser.predict(latents, timesteps, prompts).sum().item()  # waits for the device
-            seconds = monotonic() - before
-        return seconds / len(latents)
+
+        forward_bytes = peak_bytes(forward)
+        before = monotonic()
+        forward()
+        seconds = monotonic() - before
+        decode_bytes = peak_bytes(lambda: base.decode_latents(latents[0]))
+        self._costs = Costs(
+            row_seconds=seconds / len(latents),
+            row_pixel_bytes=forward_bytes / len(latents) / pixels,
+            decode_pixel_bytes=decode_bytes / pixels,
+            free_bytes=int(_MEMORY_SHARE * device.free_bytes(base.device)),
+        )
+        return self._costs
+
+    def row_limit(self, width: int, height: int) -> int:
+        """How many rows of that size fit the memory of now."""
+        now = monotonic()
+        if now - self._free_at > _FREE_SECONDS:
+            self._free_bytes, self._free_at = int(_MEMORY_SHARE * device.free_bytes(self.base.device)), now
+        return self._free_bytes // max(1, self._costs.forward_bytes(1, width, height))
 
     def out_of_memory(self, error: Exception) -> OutOfMemory | None:
         told = device.out_of_memory(error, self.base.device)
