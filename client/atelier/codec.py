@@ -138,6 +138,8 @@ def fill(message: Message, values: Mapping[str, object]) -> None:
                 _assign(message, name, value)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}={value!r:.200}: {error}") from None
+            except OSError as error:
+                raise ValueError(f"{name}={value!r:.200}: {error.strerror}") from None
 
 
 def _assign(message: Message, name: str, value: Any) -> None:
@@ -146,5 +148,7 @@ def _assign(message: Message, name: str, value: Any) -> None:
         setattr(message, name, wire.number_of(field.enum_type, value))
     elif field.is_repeated:
         getattr(message, name).extend([value] if isinstance(value, str) else value)
+    elif field.type == field.TYPE_BYTES:
+        setattr(message, name, transfer.picture_bytes(value))
     else:
         setattr(message, name, value)

@@ -126,6 +126,9 @@ class Receipt:
     timestep_spacing: str | None = None
     rescale_betas_zero_snr: bool | None = None
     eta: float | None = None
+    image_sha256: str = ""
+    mask_image_sha256: str = ""
+    strength: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

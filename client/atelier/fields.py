@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Literal, TypedDict
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias, TypedDict
+
+from atelier.events import Picture
+
+# A path, the bytes of a file, or what a generation has painted.
+PictureFile: TypeAlias = str | Path | bytes | Picture
 
 
 class GenerateFields(TypedDict, total=False):
@@ -40,6 +46,9 @@ class GenerateFields(TypedDict, total=False):
     ]
     rescale_betas_zero_snr: Annotated[bool, "let the last timestep be pure noise (default: the base's)"]
     eta: Annotated[float, "0 to 1: share of fresh noise in a step of ddim or tcd (default: 0)"]
+    image: Annotated[PictureFile, "image-to-image: the picture to begin with (PNG, JPEG, WebP)"]
+    strength: Annotated[float, "above 0, to 1: how far from that picture (default: 0.8; with a mask: 1)"]
+    mask_image: Annotated[PictureFile, "inpainting: white is painted anew, black stays"]
 
 
 class RecipeFields(TypedDict, total=False):

@@ -104,6 +104,7 @@ class BaseModel:
     default_scheduler: str
     max_prompt_tokens: int
     num_parameters: int
+    inpainting: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +134,7 @@ class Limits:
     max_adapter_bytes: int
     max_queued_generations: int
     max_train_batch_size: int
+    max_request_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

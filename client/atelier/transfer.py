@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from atelier.errors import DataLossError
-from atelier.events import Image
+from atelier.events import Image, Picture
 from atelier.records import ExportedAdapter, TrainingImage
 from atelier.v1 import adapter_pb2, generation_pb2
 
@@ -35,6 +35,13 @@ def digest(path: Path) -> tuple[int, str]:
     """Size in bytes and lower-case hex SHA-256 of a file."""
     with path.open("rb") as file:
         return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def picture_bytes(source: str | Path | bytes | Picture) -> bytes:
+    """The file of a picture: read from a path, or as it is."""
+    if isinstance(source, str | Path):
+        return Path(source).read_bytes()
+    return source.data if isinstance(source, Picture) else source
 
 
 def training_image(source: TrainingImage | str | Path | bytes) -> TrainingImage:

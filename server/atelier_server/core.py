@@ -6,7 +6,7 @@ Everything here is frozen, cheap to pickle, and free of torch, protobuf and gRPC
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum, StrEnum
 
 ADAPTER_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -184,6 +184,29 @@ class SchedulerOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class InitImage:
+    """The picture that a generation begins with, as PNG, JPEG or WebP of the size that is asked for.
+
+    `strength` in (0, 1]. With a mask, only where that is half-bright or brighter is painted anew.
+    """
+
+    image: bytes
+    image_sha256: str
+    strength: float
+    mask: bytes = b""
+    mask_sha256: str = ""
+
+    def forgotten(self) -> InitImage:
+        """Without the bytes: what a receipt needs."""
+        return replace(self, image=b"", mask=b"")
+
+
+def steps_walked(num_inference_steps: int, strength: float) -> int:
+    """How many of the steps image-to-image takes: the last ones, as diffusers counts them."""
+    return min(int(num_inference_steps * strength), num_inference_steps)
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationJob:
     """A validated request for pictures, with every default filled in.
 
@@ -208,6 +231,7 @@ class GenerationJob:
     alone: bool = False
     guidance_rescale: float = 0.0
     scheduler_options: SchedulerOptions = SchedulerOptions()
+    init: InitImage | None = None
     # Whose it is, where several share the device; and how it counts among them.
     client: str = ""
     priority: Priority = Priority.NORMAL
@@ -300,7 +324,9 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class BaseInfo:
-    """The resident base model. `scheduler_options`: of each scheduler, which `SchedulerOptions` it has."""
+    """The resident base model. `scheduler_options`: of each scheduler, which `SchedulerOptions` it has;
+    `inpainting`: its U-Net wants a picture and a mask besides.
+    """
 
     reference: str
     family: str
@@ -316,4 +342,5 @@ class BaseInfo:
     dtype: str
     memory_total_bytes: int
     versions: tuple[tuple[str, str], ...]
+    inpainting: bool = False
     scheduler_options: tuple[tuple[str, tuple[str, ...]], ...] = ()

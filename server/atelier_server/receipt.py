@@ -50,6 +50,9 @@ class Receipt:
     timestep_spacing: str | None = None
     rescale_betas_zero_snr: bool | None = None
     eta: float | None = None
+    image_sha256: str = ""
+    mask_image_sha256: str = ""
+    strength: float | None = None
 
     def embedded(self) -> dict[str, object]:
         """As JSON takes it, without what is not set."""
@@ -86,5 +89,8 @@ def receipt(job: GenerationJob, base: BaseInfo, *, seed: int, num_images: int, b
         device=base.device,
         versions=dict(base.versions),
         guidance_rescale=job.guidance_rescale,
+        image_sha256=job.init.image_sha256 if job.init else "",
+        mask_image_sha256=job.init.mask_sha256 if job.init else "",
+        strength=job.init.strength if job.init else None,
         **asdict(job.scheduler_options),
     )

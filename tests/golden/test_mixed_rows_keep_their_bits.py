@@ -5,16 +5,17 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from atelier_server.core import AdapterUse, GenerationJob, Mode
+from atelier_server.core import AdapterUse, GenerationJob, InitImage, Mode, SchedulerOptions
 from benchmarks.desk import Desk, job
 from tests.adapters import random_adapter, write
+from tests.pictures import right_part, soft_colours
 
 SCHEDULERS = ("ddim", "euler", "euler-a", "dpmpp-2m", "unipc", "heun")
 SAMPLE, SOAK = 12, 150
@@ -32,25 +33,58 @@ def desk() -> Iterator[tuple[Desk, list[AdapterUse]]]:
     shutil.rmtree(root)
 
 
-REQUEST = st.tuples(
-    st.lists(st.integers(0, 3), max_size=2, unique=True),
-    st.sampled_from(SCHEDULERS),
-    st.integers(1, 4),
-    st.sampled_from([1.0, 4.0]),
-    st.integers(0, 3),
+# What a picture begins with: noise, a picture, a picture of which a part is painted anew.
+INITS = (
+    None,
+    InitImage(soft_colours(), "soft", 0.7),
+    InitImage(soft_colours(), "soft", 1.0, right_part(), "right"),
+    InitImage(soft_colours(), "soft", 0.6, right_part(), "right"),
+)
+OPTIONS = (SchedulerOptions(), SchedulerOptions(timestep_spacing="trailing"))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A request; `adapters` are indices."""
+
+    adapters: list[int]
+    scheduler: str
+    steps: int
+    guidance: float
+    rescale: float
+    seed: int
+    init: InitImage | None
+    options: SchedulerOptions
+
+
+REQUEST = st.builds(
+    Drawn,
+    adapters=st.lists(st.integers(0, 3), max_size=2, unique=True),
+    scheduler=st.sampled_from(SCHEDULERS),
+    steps=st.integers(2, 4),
+    guidance=st.sampled_from([1.0, 4.0]),
+    rescale=st.sampled_from([0.0, 0.7]),
+    seed=st.integers(0, 3),
+    init=st.sampled_from(INITS),
+    options=st.sampled_from(OPTIONS),
 )
 
 
-def request(
-    number: int, uses: list[AdapterUse], drawn: tuple[list[int], str, int, float, int]
-) -> GenerationJob:
-    adapters, scheduler, steps, guidance, seed = drawn
-    composed = tuple(replace(uses[i], weight=0.5 + i / 4) for i in adapters)
-    plain = job(f"r{number}", "a red octopus", *composed, steps=steps, seed=seed)
-    return replace(plain, scheduler=scheduler, guidance_scale=guidance, mode=Mode.STRICT, bucket=8)
+def request(number: int, uses: list[AdapterUse], drawn: Drawn) -> GenerationJob:
+    composed = tuple(replace(uses[i], weight=0.5 + i / 4) for i in drawn.adapters)
+    return replace(
+        job(f"r{number}", "a red octopus", *composed, steps=drawn.steps, seed=drawn.seed),
+        scheduler=drawn.scheduler,
+        scheduler_options=drawn.options,
+        guidance_scale=drawn.guidance,
+        guidance_rescale=drawn.rescale,
+        init=drawn.init,
+        mode=Mode.STRICT,
+        bucket=8,
+    )
 
 
-def check(desk: tuple[Desk, list[AdapterUse]], mix: list[tuple[list[int], str, int, float, int]]) -> None:
+def check(desk: tuple[Desk, list[AdapterUse]], mix: list[Drawn]) -> None:
     table, uses = desk
     jobs = [request(number, uses, drawn) for number, drawn in enumerate(mix)]
     together = table.generate(jobs)
@@ -68,9 +102,7 @@ def pixels(file: bytes) -> bytes:
 
 @given(st.lists(REQUEST, min_size=2, max_size=6))
 @settings(max_examples=SAMPLE, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-def test_a_sample_of_mixes(
-    desk: tuple[Desk, list[AdapterUse]], mix: list[tuple[list[int], str, int, float, int]]
-) -> None:
+def test_a_sample_of_mixes(desk: tuple[Desk, list[AdapterUse]], mix: list[Drawn]) -> None:
     check(desk, mix)
 
 
@@ -78,7 +110,5 @@ def test_a_sample_of_mixes(
 @pytest.mark.timeout(3000)
 @given(st.lists(REQUEST, min_size=2, max_size=6))
 @settings(max_examples=SOAK, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-def test_many_mixes(
-    desk: tuple[Desk, list[AdapterUse]], mix: list[tuple[list[int], str, int, float, int]]
-) -> None:
+def test_many_mixes(desk: tuple[Desk, list[AdapterUse]], mix: list[Drawn]) -> None:
     check(desk, mix)

@@ -1,29 +1,40 @@
-"""Our pictures against diffusers' own pipelines: every family with every scheduler of the contract."""
+"""Our pictures against diffusers' own pipelines: every family, scheduler of the contract and mode."""
 
 from __future__ import annotations
 
+import io
 import random
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, AutoPipelineForText2Image
+from PIL import Image
 
-from atelier_server.core import SCHEDULERS, SchedulerOptions
+from atelier_server.core import SCHEDULERS, InitImage, SchedulerOptions
 from atelier_server.diffusion.base import BaseModel, load_base
 from atelier_server.diffusion.conditioning import Framing
 from atelier_server.diffusion.denoiser import Denoiser, Picture
+from atelier_server.diffusion.init_image import InitImages
 from atelier_server.diffusion.schedulers import _REGISTRY
 from atelier_server.diffusion.trajectory import Trajectory
 from tests.bases import FAMILIES, PIXELS, peer, save_base
+from tests.pictures import right_part, soft_colours
 
 PROMPT = "a red octopus on a beach"
 STEPS, SEED = 5, 7
-ALL = list(product(FAMILIES, SCHEDULERS, (6.0, 1.0)))
-SAMPLE = random.Random(4).sample(ALL, 14)
+MODES = {
+    "text": AutoPipelineForText2Image,
+    "image": AutoPipelineForImage2Image,
+    "inpaint": AutoPipelineForInpainting,
+}
+ALL = list(product(FAMILIES, SCHEDULERS, MODES, (6.0, 1.0)))
+SAMPLE = random.Random(4).sample(ALL, 20)
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,15 @@ class Case:
     negative: str = ""
     width: int = PIXELS
     height: int = PIXELS
+    mode: str = "text"
+    strength: float = 0.7
+
+    @property
+    def init(self) -> InitImage | None:
+        if self.mode == "text":
+            return None
+        mask = right_part(self.width, self.height) if self.mode == "inpaint" else b""
+        return InitImage(soft_colours(self.width, self.height), "", self.strength, mask)
 
 
 Pairs = dict[str, tuple[BaseModel, Any]]
@@ -58,6 +78,8 @@ def ours(base: BaseModel, case: Case) -> np.ndarray:
         shape=base.latent_shape(case.width, case.height),
         device=base.device,
         dtype=base.dtype,
+        init=InitImages(base).latents(case.init) if case.init else None,
+        inpainting_unet=base.inpainting,
     )
     negative = base.family.condition(base.encode_negative(case.negative), framing)
     picture = Picture(
@@ -75,16 +97,25 @@ def ours(base: BaseModel, case: Case) -> np.ndarray:
 def theirs(base: BaseModel, pipeline: Any, case: Case) -> np.ndarray:
     class_name, overrides = _REGISTRY[case.scheduler]
     pipeline.scheduler = getattr(diffusers, class_name).from_config(base.scheduler_config, **overrides)
+    init, settings = case.init, {"width": case.width, "height": case.height}
+    pipeline = MODES[case.mode].from_pipe(pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    if init is not None:
+        settings = {"image": opened(init.image), "strength": init.strength} | (settings if init.mask else {})
+        settings |= {"mask_image": opened(init.mask)} if init.mask else {}
     return pipeline(
         PROMPT,
         negative_prompt=case.negative or None,
         num_inference_steps=STEPS,
         guidance_scale=case.scale,
-        width=case.width,
-        height=case.height,
+        **settings,
         generator=torch.Generator("cpu").manual_seed(SEED),
         output_type="np",
     ).images[0]
+
+
+def opened(file: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(file))
 
 
 def check(pairs: Pairs, family: str, case: Case) -> None:
@@ -95,15 +126,36 @@ def check(pairs: Pairs, family: str, case: Case) -> None:
     assert np.abs(a - b).max() <= 1 / 255
 
 
-@pytest.mark.parametrize(("family", "scheduler", "scale"), SAMPLE)
-def test_a_sample_of_families_and_schedulers(pairs: Pairs, family: str, scheduler: str, scale: float) -> None:
-    check(pairs, family, Case(scheduler, scale))
+@pytest.mark.parametrize(("family", "scheduler", "mode", "scale"), SAMPLE)
+def test_a_sample_of_all(pairs: Pairs, family: str, scheduler: str, mode: str, scale: float) -> None:
+    check(pairs, family, Case(scheduler, scale, mode=mode))
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize(("family", "scheduler", "scale"), ALL)
-def test_every_family_with_every_scheduler(pairs: Pairs, family: str, scheduler: str, scale: float) -> None:
-    check(pairs, family, Case(scheduler, scale))
+@pytest.mark.parametrize(("family", "scheduler", "mode", "scale"), ALL)
+def test_every_family_scheduler_and_mode(
+    pairs: Pairs, family: str, scheduler: str, mode: str, scale: float
+) -> None:
+    check(pairs, family, Case(scheduler, scale, mode=mode))
+
+
+@pytest.mark.parametrize("mode", ["image", "inpaint"])
+@pytest.mark.parametrize("strength", [0.21, 1.0])
+def test_the_ends_of_strength(pairs: Pairs, mode: str, strength: float) -> None:
+    """One step, and all: then inpainting begins at plain noise."""
+    check(pairs, "sd1", Case("euler", 6.0, mode=mode, strength=strength))
+
+
+@pytest.mark.parametrize(
+    ("family", "scheduler", "strength"),
+    [("sd1", "ddim", 1.0), ("sd2", "euler-a", 0.7), ("sdxl", "heun", 0.99)],
+)
+def test_inpainting_models(tmp_path: Path, family: str, scheduler: str, strength: float) -> None:
+    """U-Nets of nine channels, which hear of the mask and of what is around it."""
+    folder = save_base(family, tmp_path, in_channels=9)
+    pair = {family: (load_base(str(folder), "cpu"), peer(family, folder))}
+    assert pair[family][0].inpainting
+    check(pair, family, Case(scheduler, 6.0, mode="inpaint", strength=strength))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -32,6 +33,7 @@ from atelier import (
 from atelier.errors import from_rpc
 from atelier.v1.training_pb2 import TrainingRecipe, TrainRequest
 from atelier.v1.training_pb2_grpc import TrainingServiceStub
+from tests.pictures import png, soft_colours
 from tests.process.server import Server
 
 pytestmark = pytest.mark.process
@@ -141,6 +143,25 @@ def test_a_wrong_value_is_named_with_what_would_be_right(
     assert list(found) == [field]
     assert str(value) in found[field]
     assert wants in found[field]
+
+
+def test_pictures_that_do_not_fit_are_named_with_what_would(client: Client) -> None:
+    """The noise is larger than gRPC's own limit for a message."""
+    noise = png(np.random.default_rng(0).integers(0, 256, (1400, 1200, 3)))
+    assert len(noise) > 4 * 2**20
+    found = violations(lambda: client.generate("x", image=noise, width=64, height=64))
+    assert found == {"image": "is 1200 x 1400; 64 x 64 would be right"}
+    speck = np.zeros((64, 64))
+    speck[1, 1] = 255
+    error = refused(
+        InvalidArgumentError,
+        "INVALID_REQUEST",
+        lambda: client.generate("x", image=soft_colours(), mask_image=png(speck), num_inference_steps=2),
+    )
+    assert "mask_image: nothing of it is left at the latents' size" in error.message
+    assert violations(lambda: client.generate("x", eta=0.5, scheduler="euler")) == {
+        "eta": "scheduler euler has no eta; those that have it: ddim, tcd"
+    }
 
 
 def test_a_prompt_of_100_kb(client: Client) -> None:

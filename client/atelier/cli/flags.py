@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
 from atelier import channel
+from atelier.fields import PictureFile
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -52,7 +54,10 @@ def _flag(name: str, hint: Any, panel: str) -> inspect.Parameter:
     kebab = f"--{name.replace('_', '-')}"
     declaration = f"{kebab}/--no-{kebab[2:]}" if kind is bool else kebab
     value = list[str] if get_origin(kind) is get_origin(Sequence[str]) else kind
-    option = typer.Option(declaration, help=text, rich_help_panel=panel, show_default=False)
+    file: dict[str, Any] = {}
+    if kind == PictureFile:
+        value, file = Path, {"exists": True, "dir_okay": False, "metavar": "FILE"}
+    option = typer.Option(declaration, help=text, rich_help_panel=panel, show_default=False, **file)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[value | None, option]
     )

@@ -140,6 +140,9 @@ class GenerateRequest(_message.Message):
     TIMESTEP_SPACING_FIELD_NUMBER: _builtins.int
     RESCALE_BETAS_ZERO_SNR_FIELD_NUMBER: _builtins.int
     ETA_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    STRENGTH_FIELD_NUMBER: _builtins.int
+    MASK_IMAGE_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """A UUID. The same id with the same body joins a running request, or gets its stored result for 15
@@ -180,6 +183,18 @@ class GenerateRequest(_message.Message):
     rescale_betas_zero_snr: _builtins.bool
     eta: _builtins.float
     """0 (default) to 1: the share of fresh noise in a step of ddim or tcd."""
+    image: _builtins.bytes
+    """Image-to-image: a PNG, JPEG or WebP file that the picture begins with. Of `width` x `height`; without
+    those, the picture takes its size.
+    """
+    strength: _builtins.float
+    """In (0, 1], only with `image`: the share of the steps that is taken from there. Default 0.8, and 1 with
+    a mask.
+    """
+    mask_image: _builtins.bytes
+    """Inpainting: of the size of `image`; white (half-bright and brighter) is painted anew, black stays. An
+    inpainting model (`base_model.inpainting`) needs both.
+    """
     priority: Global___Priority.ValueType
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterSelection]:
@@ -209,11 +224,14 @@ class GenerateRequest(_message.Message):
         timestep_spacing: _builtins.str | None = ...,
         rescale_betas_zero_snr: _builtins.bool | None = ...,
         eta: _builtins.float | None = ...,
+        image: _builtins.bytes = ...,
+        strength: _builtins.float | None = ...,
+        mask_image: _builtins.bytes = ...,
         priority: Global___Priority.ValueType | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_bucket", b"_batch_bucket", "_eta", b"_eta", "_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_format", b"_image_format", "_negative_prompt", b"_negative_prompt", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_priority", b"_priority", "_reproducibility", b"_reproducibility", "_rescale_betas_zero_snr", b"_rescale_betas_zero_snr", "_scheduler", b"_scheduler", "_seed", b"_seed", "_timestep_spacing", b"_timestep_spacing", "_use_beta_sigmas", b"_use_beta_sigmas", "_use_exponential_sigmas", b"_use_exponential_sigmas", "_use_karras_sigmas", b"_use_karras_sigmas", "_width", b"_width", "batch_bucket", b"batch_bucket", "eta", b"eta", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "image_format", b"image_format", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "priority", b"priority", "reproducibility", b"reproducibility", "rescale_betas_zero_snr", b"rescale_betas_zero_snr", "scheduler", b"scheduler", "seed", b"seed", "timestep_spacing", b"timestep_spacing", "use_beta_sigmas", b"use_beta_sigmas", "use_exponential_sigmas", b"use_exponential_sigmas", "use_karras_sigmas", b"use_karras_sigmas", "width", b"width"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_bucket", b"_batch_bucket", "_eta", b"_eta", "_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_format", b"_image_format", "_negative_prompt", b"_negative_prompt", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_priority", b"_priority", "_reproducibility", b"_reproducibility", "_rescale_betas_zero_snr", b"_rescale_betas_zero_snr", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_timestep_spacing", b"_timestep_spacing", "_use_beta_sigmas", b"_use_beta_sigmas", "_use_exponential_sigmas", b"_use_exponential_sigmas", "_use_karras_sigmas", b"_use_karras_sigmas", "_width", b"_width", "batch_bucket", b"batch_bucket", "eta", b"eta", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "image_format", b"image_format", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "priority", b"priority", "reproducibility", b"reproducibility", "rescale_betas_zero_snr", b"rescale_betas_zero_snr", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "timestep_spacing", b"timestep_spacing", "use_beta_sigmas", b"use_beta_sigmas", "use_exponential_sigmas", b"use_exponential_sigmas", "use_karras_sigmas", b"use_karras_sigmas", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_bucket", b"_batch_bucket", "_eta", b"_eta", "_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_format", b"_image_format", "_negative_prompt", b"_negative_prompt", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_priority", b"_priority", "_reproducibility", b"_reproducibility", "_rescale_betas_zero_snr", b"_rescale_betas_zero_snr", "_scheduler", b"_scheduler", "_seed", b"_seed", "_timestep_spacing", b"_timestep_spacing", "_use_beta_sigmas", b"_use_beta_sigmas", "_use_exponential_sigmas", b"_use_exponential_sigmas", "_use_karras_sigmas", b"_use_karras_sigmas", "_width", b"_width", "adapters", b"adapters", "batch_bucket", b"batch_bucket", "eta", b"eta", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "image_format", b"image_format", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "priority", b"priority", "prompt", b"prompt", "reproducibility", b"reproducibility", "request_id", b"request_id", "rescale_betas_zero_snr", b"rescale_betas_zero_snr", "scheduler", b"scheduler", "seed", b"seed", "timestep_spacing", b"timestep_spacing", "use_beta_sigmas", b"use_beta_sigmas", "use_exponential_sigmas", b"use_exponential_sigmas", "use_karras_sigmas", b"use_karras_sigmas", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_bucket", b"_batch_bucket", "_eta", b"_eta", "_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_format", b"_image_format", "_negative_prompt", b"_negative_prompt", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_priority", b"_priority", "_reproducibility", b"_reproducibility", "_rescale_betas_zero_snr", b"_rescale_betas_zero_snr", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_timestep_spacing", b"_timestep_spacing", "_use_beta_sigmas", b"_use_beta_sigmas", "_use_exponential_sigmas", b"_use_exponential_sigmas", "_use_karras_sigmas", b"_use_karras_sigmas", "_width", b"_width", "adapters", b"adapters", "batch_bucket", b"batch_bucket", "eta", b"eta", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_format", b"image_format", "mask_image", b"mask_image", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "priority", b"priority", "prompt", b"prompt", "reproducibility", b"reproducibility", "request_id", b"request_id", "rescale_betas_zero_snr", b"rescale_betas_zero_snr", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "timestep_spacing", b"timestep_spacing", "use_beta_sigmas", b"use_beta_sigmas", "use_exponential_sigmas", b"use_exponential_sigmas", "use_karras_sigmas", b"use_karras_sigmas", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_bucket: _TypeAlias = _typing.Literal["batch_bucket"]  # noqa: Y015
     _WhichOneofArgType__batch_bucket: _TypeAlias = _typing.Literal["_batch_bucket", b"_batch_bucket"]  # noqa: Y015
@@ -243,6 +261,8 @@ class GenerateRequest(_message.Message):
     _WhichOneofArgType__scheduler: _TypeAlias = _typing.Literal["_scheduler", b"_scheduler"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
+    _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
     _WhichOneofReturnType__timestep_spacing: _TypeAlias = _typing.Literal["timestep_spacing"]  # noqa: Y015
     _WhichOneofArgType__timestep_spacing: _TypeAlias = _typing.Literal["_timestep_spacing", b"_timestep_spacing"]  # noqa: Y015
     _WhichOneofReturnType__use_beta_sigmas: _TypeAlias = _typing.Literal["use_beta_sigmas"]  # noqa: Y015
@@ -281,6 +301,8 @@ class GenerateRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__scheduler) -> _WhichOneofReturnType__scheduler | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__timestep_spacing) -> _WhichOneofReturnType__timestep_spacing | None: ...
     @_typing.overload
@@ -584,6 +606,9 @@ class Receipt(_message.Message):
     TIMESTEP_SPACING_FIELD_NUMBER: _builtins.int
     RESCALE_BETAS_ZERO_SNR_FIELD_NUMBER: _builtins.int
     ETA_FIELD_NUMBER: _builtins.int
+    IMAGE_SHA256_FIELD_NUMBER: _builtins.int
+    MASK_IMAGE_SHA256_FIELD_NUMBER: _builtins.int
+    STRENGTH_FIELD_NUMBER: _builtins.int
     base_model: _builtins.str
     base_sha256: _builtins.str
     scheduler: _builtins.str
@@ -607,6 +632,10 @@ class Receipt(_message.Message):
     timestep_spacing: _builtins.str
     rescale_betas_zero_snr: _builtins.bool
     eta: _builtins.float
+    image_sha256: _builtins.str
+    """Of the files; empty where there was none."""
+    mask_image_sha256: _builtins.str
+    strength: _builtins.float
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Receipt.Adapter]: ...
     @_builtins.property
@@ -643,15 +672,20 @@ class Receipt(_message.Message):
         timestep_spacing: _builtins.str | None = ...,
         rescale_betas_zero_snr: _builtins.bool | None = ...,
         eta: _builtins.float | None = ...,
+        image_sha256: _builtins.str = ...,
+        mask_image_sha256: _builtins.str = ...,
+        strength: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_eta", b"_eta", "_rescale_betas_zero_snr", b"_rescale_betas_zero_snr", "_timestep_spacing", b"_timestep_spacing", "_use_beta_sigmas", b"_use_beta_sigmas", "_use_exponential_sigmas", b"_use_exponential_sigmas", "_use_karras_sigmas", b"_use_karras_sigmas", "create_time", b"create_time", "eta", b"eta", "rescale_betas_zero_snr", b"rescale_betas_zero_snr", "timestep_spacing", b"timestep_spacing", "use_beta_sigmas", b"use_beta_sigmas", "use_exponential_sigmas", b"use_exponential_sigmas", "use_karras_sigmas", b"use_karras_sigmas"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_eta", b"_eta", "_rescale_betas_zero_snr", b"_rescale_betas_zero_snr", "_strength", b"_strength", "_timestep_spacing", b"_timestep_spacing", "_use_beta_sigmas", b"_use_beta_sigmas", "_use_exponential_sigmas", b"_use_exponential_sigmas", "_use_karras_sigmas", b"_use_karras_sigmas", "create_time", b"create_time", "eta", b"eta", "rescale_betas_zero_snr", b"rescale_betas_zero_snr", "strength", b"strength", "timestep_spacing", b"timestep_spacing", "use_beta_sigmas", b"use_beta_sigmas", "use_exponential_sigmas", b"use_exponential_sigmas", "use_karras_sigmas", b"use_karras_sigmas"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eta", b"_eta", "_rescale_betas_zero_snr", b"_rescale_betas_zero_snr", "_timestep_spacing", b"_timestep_spacing", "_use_beta_sigmas", b"_use_beta_sigmas", "_use_exponential_sigmas", b"_use_exponential_sigmas", "_use_karras_sigmas", b"_use_karras_sigmas", "adapters", b"adapters", "base_model", b"base_model", "base_sha256", b"base_sha256", "batch_bucket", b"batch_bucket", "create_time", b"create_time", "device", b"device", "dtype", b"dtype", "eta", b"eta", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "prompt", b"prompt", "reproducibility", b"reproducibility", "rescale_betas_zero_snr", b"rescale_betas_zero_snr", "scheduler", b"scheduler", "seed", b"seed", "timestep_spacing", b"timestep_spacing", "use_beta_sigmas", b"use_beta_sigmas", "use_exponential_sigmas", b"use_exponential_sigmas", "use_karras_sigmas", b"use_karras_sigmas", "versions", b"versions", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eta", b"_eta", "_rescale_betas_zero_snr", b"_rescale_betas_zero_snr", "_strength", b"_strength", "_timestep_spacing", b"_timestep_spacing", "_use_beta_sigmas", b"_use_beta_sigmas", "_use_exponential_sigmas", b"_use_exponential_sigmas", "_use_karras_sigmas", b"_use_karras_sigmas", "adapters", b"adapters", "base_model", b"base_model", "base_sha256", b"base_sha256", "batch_bucket", b"batch_bucket", "create_time", b"create_time", "device", b"device", "dtype", b"dtype", "eta", b"eta", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "image_sha256", b"image_sha256", "mask_image_sha256", b"mask_image_sha256", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "prompt", b"prompt", "reproducibility", b"reproducibility", "rescale_betas_zero_snr", b"rescale_betas_zero_snr", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "timestep_spacing", b"timestep_spacing", "use_beta_sigmas", b"use_beta_sigmas", "use_exponential_sigmas", b"use_exponential_sigmas", "use_karras_sigmas", b"use_karras_sigmas", "versions", b"versions", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__eta: _TypeAlias = _typing.Literal["eta"]  # noqa: Y015
     _WhichOneofArgType__eta: _TypeAlias = _typing.Literal["_eta", b"_eta"]  # noqa: Y015
     _WhichOneofReturnType__rescale_betas_zero_snr: _TypeAlias = _typing.Literal["rescale_betas_zero_snr"]  # noqa: Y015
     _WhichOneofArgType__rescale_betas_zero_snr: _TypeAlias = _typing.Literal["_rescale_betas_zero_snr", b"_rescale_betas_zero_snr"]  # noqa: Y015
+    _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
+    _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
     _WhichOneofReturnType__timestep_spacing: _TypeAlias = _typing.Literal["timestep_spacing"]  # noqa: Y015
     _WhichOneofArgType__timestep_spacing: _TypeAlias = _typing.Literal["_timestep_spacing", b"_timestep_spacing"]  # noqa: Y015
     _WhichOneofReturnType__use_beta_sigmas: _TypeAlias = _typing.Literal["use_beta_sigmas"]  # noqa: Y015
@@ -664,6 +698,8 @@ class Receipt(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__eta) -> _WhichOneofReturnType__eta | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rescale_betas_zero_snr) -> _WhichOneofReturnType__rescale_betas_zero_snr | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__timestep_spacing) -> _WhichOneofReturnType__timestep_spacing | None: ...
     @_typing.overload

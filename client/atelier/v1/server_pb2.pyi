@@ -119,6 +119,7 @@ class BaseModel(_message.Message):
     DEFAULT_SCHEDULER_FIELD_NUMBER: _builtins.int
     MAX_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_PARAMETERS_FIELD_NUMBER: _builtins.int
+    INPAINTING_FIELD_NUMBER: _builtins.int
     reference: _builtins.str
     """As given to `serve --model`."""
     family: _builtins.str
@@ -134,6 +135,8 @@ class BaseModel(_message.Message):
     max_prompt_tokens: _builtins.int
     """Tokens that a prompt may have, begin and end included."""
     num_parameters: _builtins.int
+    inpainting: _builtins.bool
+    """The base is an inpainting model: every picture needs `image` and `mask_image`."""
     def __init__(
         self,
         *,
@@ -146,10 +149,11 @@ class BaseModel(_message.Message):
         default_scheduler: _builtins.str = ...,
         max_prompt_tokens: _builtins.int = ...,
         num_parameters: _builtins.int = ...,
+        inpainting: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_scheduler", b"default_scheduler", "family", b"family", "max_prompt_tokens", b"max_prompt_tokens", "native_height", b"native_height", "native_width", b"native_width", "num_parameters", b"num_parameters", "prediction_type", b"prediction_type", "reference", b"reference", "sha256", b"sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_scheduler", b"default_scheduler", "family", b"family", "inpainting", b"inpainting", "max_prompt_tokens", b"max_prompt_tokens", "native_height", b"native_height", "native_width", b"native_width", "num_parameters", b"num_parameters", "prediction_type", b"prediction_type", "reference", b"reference", "sha256", b"sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -205,6 +209,7 @@ class Limits(_message.Message):
     MAX_ADAPTER_BYTES_FIELD_NUMBER: _builtins.int
     MAX_QUEUED_GENERATIONS_FIELD_NUMBER: _builtins.int
     MAX_TRAIN_BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    MAX_REQUEST_BYTES_FIELD_NUMBER: _builtins.int
     max_num_images: _builtins.int
     max_inference_steps: _builtins.int
     max_width: _builtins.int
@@ -220,6 +225,8 @@ class Limits(_message.Message):
     max_adapter_bytes: _builtins.int
     max_queued_generations: _builtins.int
     max_train_batch_size: _builtins.int
+    max_request_bytes: _builtins.int
+    """Of one message, its pictures included."""
     def __init__(
         self,
         *,
@@ -237,10 +244,11 @@ class Limits(_message.Message):
         max_adapter_bytes: _builtins.int = ...,
         max_queued_generations: _builtins.int = ...,
         max_train_batch_size: _builtins.int = ...,
+        max_request_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_adapter_bytes", b"max_adapter_bytes", "max_adapters_per_image", b"max_adapters_per_image", "max_height", b"max_height", "max_image_bytes", b"max_image_bytes", "max_image_pixels", b"max_image_pixels", "max_inference_steps", b"max_inference_steps", "max_lora_rank", b"max_lora_rank", "max_num_images", b"max_num_images", "max_prompt_characters", b"max_prompt_characters", "max_queued_generations", b"max_queued_generations", "max_train_batch_size", b"max_train_batch_size", "max_train_images", b"max_train_images", "max_train_steps", b"max_train_steps", "max_width", b"max_width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_adapter_bytes", b"max_adapter_bytes", "max_adapters_per_image", b"max_adapters_per_image", "max_height", b"max_height", "max_image_bytes", b"max_image_bytes", "max_image_pixels", b"max_image_pixels", "max_inference_steps", b"max_inference_steps", "max_lora_rank", b"max_lora_rank", "max_num_images", b"max_num_images", "max_prompt_characters", b"max_prompt_characters", "max_queued_generations", b"max_queued_generations", "max_request_bytes", b"max_request_bytes", "max_train_batch_size", b"max_train_batch_size", "max_train_images", b"max_train_images", "max_train_steps", b"max_train_steps", "max_width", b"max_width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -44,6 +44,8 @@ class BaseModel:
             self.vae.float()
         self.latent_scale: int = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.latent_channels: int = self.vae.config.latent_channels
+        # An inpainting model's U-Net takes mask and masked picture beside the latents.
+        self.inpainting: bool = self.unet.config.in_channels == 2 * self.latent_channels + 1
         sample_size = self.unet.config.sample_size
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         self.native_width: int = width * self.latent_scale

@@ -14,7 +14,9 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -39,15 +41,17 @@ class Family:
     """Latent diffusion with one text encoder: the U-Net hears its last states, normalised, and nothing else.
 
     `components` are the parts with weights and their classes, the text encoders in the order in which their
-    states are put side by side. `single_file` is what diffusers calls a checkpoint of the family,
+    states are put side by side. `inpainting` is what inpainting models are saved as: their U-Nets take mask
+    and masked picture beside the latents. `single_files` are what diffusers calls checkpoints of the family,
     `without` names what else its pipeline has and we do not load.
     """
 
     name: str
     pipeline: type[DiffusionPipeline]
+    inpainting: type[DiffusionPipeline]
     components: Mapping[str, type[Any]]
     unet_facts: Mapping[str, object]
-    single_file: str
+    single_files: tuple[str, ...]
     without: Mapping[str, object]
     upcasts_vae: bool = False
     """Whether the pipeline heeds the VAE's `force_upcast`: its decoder overflows in float16."""
@@ -59,17 +63,19 @@ class Family:
     def mismatch(self, index: Mapping[str, Any], unet_config: Mapping[str, Any]) -> str:
         """Why a model_index.json and its U-Net's config are not of this family; "" if they are."""
         pipeline_class = index.get("_class_name")
-        if pipeline_class != self.pipeline.__name__:
+        if pipeline_class not in (self.pipeline.__name__, self.inpainting.__name__):
             return f"its pipeline is {pipeline_class}"
         for name, cls in self.components.items():
             found = (index.get(name) or [None, None])[1]
             if found != cls.__name__:
                 return f"its {name} is {found or 'missing'} instead of {cls.__name__}"
+        # Old configs leave out what has its default.
+        config = {**_UNET_DEFAULTS, **unet_config}
         for key, value in self.unet_facts.items():
-            # Old configs leave out what has its default.
-            told = unet_config.get(key, _UNET_DEFAULTS.get(key))
-            if told != value:
-                return f"its U-Net has {key}={told!r} instead of {value!r}"
+            if config[key] != value:
+                return f"its U-Net has {key}={config[key]!r} instead of {value!r}"
+        if (channels := config["in_channels"]) not in _IN_CHANNELS:
+            return f"its U-Net has in_channels={channels} instead of 4, or 9 of an inpainting model"
         return ""
 
     def encode(self, encoders: Sequence[TextEncoder], text: str, clip_skip: int) -> TextEmbeds:
@@ -103,16 +109,18 @@ _PARTS: Mapping[str, type[Any]] = {
 }
 _NO_EYES = {"feature_extractor": None, "image_encoder": None}
 _NO_CHECKER = {**_NO_EYES, "safety_checker": None, "requires_safety_checker": False}
-# Four latent channels in, nothing that we do not condition on.
-_PLAIN = {"in_channels": 4, "time_cond_proj_dim": None, "class_embed_type": None, "encoder_hid_dim": None}
+_IN_CHANNELS = (4, 9)
+# Nothing that we do not condition on.
+_PLAIN = {"time_cond_proj_dim": None, "class_embed_type": None, "encoder_hid_dim": None}
 
 # Stable Diffusion 1.x (arXiv 2112.10752) and whatever has its layout, `pocket` among it.
 SD1 = Family(
     name="sd1",
     pipeline=StableDiffusionPipeline,
+    inpainting=StableDiffusionInpaintPipeline,
     components=_PARTS,
     unet_facts={**_PLAIN, "addition_embed_type": None, "use_linear_projection": False},
-    single_file="v1",
+    single_files=("v1", "inpainting"),
     without=_NO_CHECKER,
 )
 # Stable Diffusion 2.x: OpenCLIP's text encoder (its files leave out the last layer, so that the last states
@@ -120,17 +128,19 @@ SD1 = Family(
 SD2 = Family(
     name="sd2",
     pipeline=StableDiffusionPipeline,
+    inpainting=StableDiffusionInpaintPipeline,
     components=_PARTS,
     unet_facts={**_PLAIN, "addition_embed_type": None, "use_linear_projection": True},
-    single_file="v2",
+    single_files=("v2", "inpainting_v2"),
     without=_NO_CHECKER,
 )
 SDXL = ExtendedFamily(
     name="sdxl",
     pipeline=StableDiffusionXLPipeline,
+    inpainting=StableDiffusionXLInpaintPipeline,
     components={**_PARTS, "text_encoder_2": CLIPTextModelWithProjection},
     unet_facts={**_PLAIN, "addition_embed_type": "text_time"},
-    single_file="xl_base",
+    single_files=("xl_base", "xl_inpaint"),
     without=_NO_EYES,
     upcasts_vae=True,
 )

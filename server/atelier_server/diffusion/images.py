@@ -1,4 +1,4 @@
-"""Pictures as files: tensors to PNG, JPEG or WebP, with what made them embedded."""
+"""Pictures as files: tensors to PNG, JPEG or WebP with what made them embedded, and files to tensors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import io
 import json
 from collections.abc import Mapping
 
-from PIL import ExifTags, Image
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -31,3 +33,19 @@ def encode_picture(pixels: Tensor, image_format: ImageFormat, parameters: Mappin
         exif[ExifTags.Base.ImageDescription] = json.dumps(parameters, sort_keys=True)
         image.save(stream, image_format.value.upper(), quality=95, exif=exif)
     return stream.getvalue()
+
+
+def decode_picture(data: bytes) -> Tensor:
+    """A file that the door has let in to [3, H, W] in 0..1, upright, without transparency."""
+    return _tensor(data, "RGB").permute(2, 0, 1)
+
+
+def decode_mask(data: bytes) -> Tensor:
+    """[1, H, W]: 1 where the file is half-bright or brighter, 0 elsewhere."""
+    return (_tensor(data, "L")[None] >= 0.5).float()
+
+
+def _tensor(data: bytes, mode: str) -> Tensor:
+    with Image.open(io.BytesIO(data)) as image:
+        upright = ImageOps.exif_transpose(image).convert(mode)
+    return torch.from_numpy(np.asarray(upright).astype(np.float32) / 255)

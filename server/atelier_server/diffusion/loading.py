@@ -120,9 +120,9 @@ def _family_of_file(path: Path) -> Family:
             f"{path.name} is no checkpoint of a whole model: {len(shapes)} tensors, the first {min(shapes)}"
         )
     for family in FAMILIES:
-        if family.single_file == kind:
+        if kind in family.single_files:
             return family
-    served = ", ".join(family.single_file for family in FAMILIES)
+    served = ", ".join(kind for family in FAMILIES for kind in family.single_files)
     raise UnsupportedModel(f"{path.name} is a checkpoint of kind {kind}; served are {served}")
 
 

@@ -6,30 +6,43 @@ A scheduler object a picture: `step()` keeps its state on the object and takes o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from atelier_server.core import SchedulerOptions
+from atelier_server.core import SchedulerOptions, steps_walked
+from atelier_server.diffusion.init_image import InitLatents
 from atelier_server.diffusion.schedulers import make_scheduler
 from atelier_server.errors import InvalidRequest, Violation
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """What an inpainted picture keeps of another: `image` and its `noise` [1, C, h, w], where `mask` is 0."""
+
+    image: Tensor
+    noise: Tensor
+    mask: Tensor
+
+
 @dataclass(slots=True)
 class Trajectory:
-    """One picture's way from noise to latents: its scheduler, its generator, its latents [1, C, h, w].
+    """A picture's scheduler, its timesteps, its latents [1, C, h, w].
 
-    The noise is one CPU draw a picture, so it depends on nothing but the seed and the shape.
+    All noise comes from one CPU generator a picture, in the order in which diffusers' pipelines draw, so it
+    depends on nothing but the seed and the shapes.
     """
 
     scheduler: Any
-    generator: torch.Generator
-    latents: Tensor
     timesteps: list[Tensor]
+    latents: Tensor
     step_options: dict[str, Any]
+    kept: Kept | None = None
+    extra_channels: Tensor | None = None  # [1, 1 + C, h, w]: what an inpainting model's U-Net sees besides
     index: int = 0
 
     @classmethod
@@ -44,7 +57,10 @@ class Trajectory:
         shape: tuple[int, int, int],
         device: torch.device,
         dtype: torch.dtype,
+        init: InitLatents | None = None,
+        inpainting_unet: bool = False,
     ) -> Trajectory:
+        """At plain noise, or at the noised picture `init`. `inpainting_unet`: it takes mask and picture."""
         scheduler = make_scheduler(name, config, options)
         # Timesteps stay on the CPU: index look-ups in `step()` would synchronise the device otherwise.
         try:
@@ -55,17 +71,60 @@ class Trajectory:
                 [Violation("num_inference_steps", f"{num_inference_steps} do not suit {name}: {error}")]
             ) from error
         generator = torch.Generator("cpu").manual_seed(seed)
-        noise = torch.randn((1, *shape), generator=generator, dtype=dtype).to(device)
         accepted = inspect.signature(scheduler.step).parameters
         # What diffusers' pipelines pass: eta (DDIM's and TCD's share of noise; 0 by default), the generator.
         passed = {"eta": options.eta or 0.0, "generator": generator}
-        return cls(
+        trajectory = cls(
             scheduler=scheduler,
-            generator=generator,
-            latents=noise * scheduler.init_noise_sigma,
             timesteps=list(scheduler.timesteps),
+            latents=torch.empty(0),
             step_options={key: value for key, value in passed.items() if key in accepted},
         )
+
+        noise = partial(_noise, (1, *shape), generator, device, dtype)
+        if init is None:
+            trajectory.latents = noise() * scheduler.init_noise_sigma
+        else:
+            trajectory._skip(num_inference_steps - steps_walked(num_inference_steps, init.strength))
+            trajectory._start_at(init, noise, generator, inpainting_unet)
+        return trajectory
+
+    def _start_at(
+        self,
+        init: InitLatents,
+        noise: Callable[[], Tensor],
+        generator: torch.Generator,
+        inpainting_unet: bool,
+    ) -> None:
+        """At the noised picture; an inpainted one of full strength at noise alone."""
+        from_noise = init.mask is not None and init.strength == 1.0
+        image = None if from_noise and inpainting_unet else init.image.sample(generator)
+        fresh = noise()
+        self.latents = (
+            fresh * self.scheduler.init_noise_sigma
+            if image is None or from_noise
+            else self._noised(image.to(fresh), fresh)
+        )
+        if init.mask is None or init.masked is None:
+            return
+        mask = init.mask.to(fresh)
+        # Drawn also where nobody looks at it: the noise of the steps comes after it.
+        masked = init.masked.sample(generator).to(fresh)
+        if inpainting_unet:
+            self.extra_channels = torch.cat([mask, masked], dim=1)
+        elif image is not None:
+            self.kept = Kept(image.to(fresh), fresh, mask)
+
+    def _skip(self, steps: int) -> None:
+        """Leaves out the first steps: those in which a picture to begin with would still be noise."""
+        first = steps * self.scheduler.order
+        self.timesteps = self.timesteps[first:]
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(first)
+
+    def _noised(self, image: Tensor, noise: Tensor) -> Tensor:
+        """`image` as noisy as this timestep has it, [1, C, h, w]."""
+        return self.scheduler.add_noise(image, noise, self.timestep[None])  # type: ignore[no-any-return]
 
     @property
     def finished(self) -> bool:
@@ -76,8 +135,9 @@ class Trajectory:
         return self.timesteps[self.index]
 
     def model_input(self) -> Tensor:
-        """[1, C, h, w], scaled as the scheduler wants the U-Net to see it."""
-        return self.scheduler.scale_model_input(self.latents, self.timestep)  # type: ignore[no-any-return]
+        """[1, C, h, w], scaled as the scheduler wants the U-Net to see it, with the channels beside it."""
+        scaled: Tensor = self.scheduler.scale_model_input(self.latents, self.timestep)
+        return scaled if self.extra_channels is None else torch.cat([scaled, self.extra_channels], dim=1)
 
     def advance(self, prediction: Tensor) -> None:
         """One scheduler step with the U-Net's (guided) prediction [1, C, h, w]."""
@@ -85,3 +145,13 @@ class Trajectory:
             prediction, self.timestep, self.latents, **self.step_options, return_dict=False
         )[0]
         self.index += 1
+        if self.kept is not None:
+            kept = self.kept.image if self.finished else self._noised(self.kept.image, self.kept.noise)
+            self.latents = (1 - self.kept.mask) * kept + self.kept.mask * self.latents
+
+
+def _noise(
+    shape: tuple[int, ...], generator: torch.Generator, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """One draw on the CPU, moved to the device."""
+    return torch.randn(shape, generator=generator, dtype=dtype).to(device)

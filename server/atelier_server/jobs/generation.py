@@ -90,6 +90,8 @@ class Generation:
             self.failure = by_reason(failure.reason, failure.message, dict(failure.metadata))
         elif isinstance(failure, AtelierError):
             self.failure = failure
+        if self.job.init is not None:
+            self.job = replace(self.job, init=self.job.init.forgotten())
         self.ended = True
         self.end_time = end_time
         self._wake()

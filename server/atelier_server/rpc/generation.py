@@ -14,7 +14,9 @@ from atelier_server.jobs.generations import Generations
 from atelier_server.jobs.wardrobe import Wardrobe
 from atelier_server.rpc.codec.generated import encode_event
 from atelier_server.rpc.codec.generation import decode_generate
+from atelier_server.rpc.codec.init_image import pictures_of
 from atelier_server.rpc.interceptors import Context, on_end
+from atelier_server.rpc.pictures import PictureCheck
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
@@ -25,12 +27,14 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self._wardrobe = wardrobe
         self._status = status
         self._limits = limits
+        self._pictures = PictureCheck(limits.max_image_pixels, limits.max_image_bytes)
 
     async def Generate(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
         base = self._status.known_base()
-        draft = decode_generate(request, self._limits, base)
+        pictures = await self._pictures.check_all(pictures_of(request))
+        draft = decode_generate(request, self._limits, base, pictures)
         # A known request is joined as it is, even where its adapter has been replaced since.
         reader = self._generations.join(draft.request_id, draft.body_hash)
         if reader is None:

@@ -8,13 +8,16 @@ from __future__ import annotations
 import asyncio
 import io
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from PIL import JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import ExifTags, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 from PIL.ImageFile import ImageFile
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
+# EXIF orientations in which width and height change places.
+_LYING = (5, 6, 7, 8)
 # The plug-ins themselves, not Image.open: it would try other formats, and has a pixel limit of its own.
 _READERS: dict[str, type[ImageFile]] = {
     "png": PngImagePlugin.PngImageFile,
@@ -25,22 +28,35 @@ _READERS: dict[str, type[ImageFile]] = {
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`suffix` names the format; `problem` is "" for a good picture."""
+    """`suffix` names the format; `problem` is "" for a good picture.
+
+    Width and height are those of the upright picture, `brightest` is its brightest grey, 0 to 255.
+    """
 
     suffix: str
     problem: str
+    width: int = 0
+    height: int = 0
+    brightest: int = 0
 
 
 class PictureCheck:
     """At most two pictures are decoded at a time, in threads: a large one takes 200 MB while it is read."""
 
-    def __init__(self, max_pixels: int) -> None:
+    def __init__(self, max_pixels: int, max_bytes: int) -> None:
         self._max_pixels = max_pixels
+        self._max_bytes = max_bytes
         self._turns = asyncio.Semaphore(2)
 
     async def check(self, data: bytes) -> Verdict:
+        if len(data) > self._max_bytes:
+            return Verdict("", f"is of {len(data)} bytes; at most {self._max_bytes} are allowed")
         async with self._turns:
             return await asyncio.to_thread(examine, data, self._max_pixels)
+
+    async def check_all(self, pictures: Mapping[str, bytes]) -> dict[str, Verdict]:
+        """Of every field that has a picture."""
+        return {field: await self.check(data) for field, data in pictures.items()}
 
 
 def examine(data: bytes, max_pixels: int) -> Verdict:
@@ -58,9 +74,12 @@ def examine(data: bytes, max_pixels: int) -> Verdict:
     try:
         with _READERS[suffix](io.BytesIO(data)) as image:
             image.load()
+            if image.getexif().get(ExifTags.Base.Orientation, 1) in _LYING:
+                width, height = height, width
+            brightest = max(grey for grey, count in enumerate(image.convert("L").histogram()) if count)
     except Exception as error:
         return Verdict(suffix, f"cannot be decoded: {str(error)[:120] or type(error).__name__}")
-    return Verdict(suffix, "")
+    return Verdict(suffix, "", width, height, brightest)
 
 
 def _format(data: bytes) -> str:

@@ -66,7 +66,8 @@ def build_server(
     reflected: bool,
 ) -> grpc.aio.Server:
     """Everything registered, no port yet."""
-    server = grpc.aio.server(interceptors=(CallInterceptor(metrics, tracer, identity),), options=_OPTIONS)
+    options = (*_OPTIONS, ("grpc.max_receive_message_length", limits.max_request_bytes))
+    server = grpc.aio.server(interceptors=(CallInterceptor(metrics, tracer, identity),), options=options)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(
         GenerationServicer(generations, wardrobe, status, limits), server
     )

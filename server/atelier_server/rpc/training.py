@@ -33,7 +33,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         self._uploads = uploads
         self._status = status
         self._limits = limits
-        self._pictures = PictureCheck(limits.max_image_pixels)
+        self._pictures = PictureCheck(limits.max_image_pixels, limits.max_image_bytes)
         self._cancellations: set[asyncio.Task[None]] = set()
 
     async def Train(

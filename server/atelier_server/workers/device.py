@@ -45,6 +45,7 @@ def describe(base: BaseModel, prediction_type: str) -> BaseInfo:
         dtype=str(base.dtype).removeprefix("torch."),
         memory_total_bytes=_total_memory(base.device),
         versions=tuple((package, importlib.metadata.version(package)) for package in _PACKAGES),
+        inpainting=base.inpainting,
         scheduler_options=tuple(all_options()),
     )
 

@@ -30,6 +30,7 @@ from atelier_server.diffusion.base import load_base
 from atelier_server.diffusion.conditioning import Conditioning, Framing
 from atelier_server.diffusion.denoiser import Denoiser, Picture
 from atelier_server.diffusion.images import encode_picture
+from atelier_server.diffusion.init_image import InitImages
 from atelier_server.diffusion.meter import peak_bytes
 from atelier_server.diffusion.trajectory import Trajectory
 from atelier_server.engine.runner import Decoded, Memory, Published, StepReport
@@ -62,6 +63,7 @@ class TorchRunner:
         )
         self._pictures: dict[int, Picture] = {}  # by arrival
         self._texts = Texts(self.base)
+        self._init_images = InitImages(self.base)
         self.host = HostTier(self._read, settings.host_adapter_bytes)
         # Told by the heartbeat's thread, so counted here and not there.
         self._base_bytes = device.weight_bytes(self.base)
@@ -89,6 +91,8 @@ class TorchRunner:
             shape=self.base.latent_shape(job.width, job.height),
             device=self.base.device,
             dtype=self.base.dtype,
+            init=self._init_images.latents(job.init) if job.init else None,
+            inpainting_unet=self._info.inpainting,
         )
         condition = partial(self.base.family.condition, framing=Framing.whole(job.width, job.height))
         self._pictures[task.arrival] = Picture(
@@ -223,11 +227,10 @@ class TorchRunner:
     def measure(self) -> Costs:
         """Runs a forward of two rows at native size twice, and decodes one picture."""
         base = self.base
-        pixels, shape = (
-            base.native_width * base.native_height,
-            base.latent_shape(base.native_width, base.native_height),
-        )
-        latents = torch.zeros((2, *shape), device=base.device, dtype=base.dtype)
+        pixels = base.native_width * base.native_height
+        channels, height, width = base.latent_shape(base.native_width, base.native_height)
+        shape = (2, base.unet.config.in_channels, height, width)
+        latents = torch.zeros(shape, device=base.device, dtype=base.dtype)
         framing = Framing.whole(base.native_width, base.native_height)
         prompts = Conditioning.stack([base.family.condition(self._texts.prompt(""), framing)], 2)
         timesteps = torch.zeros(2, device=base.device)
@@ -240,7 +243,7 @@ class TorchRunner:
         before = monotonic()
         forward()
         seconds = monotonic() - before
-        decode_bytes = peak_bytes(lambda: base.decode_latents(latents[0]))
+        decode_bytes = peak_bytes(lambda: base.decode_latents(latents[0, :channels]))
         self._costs = Costs(
             row_seconds=seconds / len(latents),
             row_pixel_bytes=forward_bytes / len(latents) / pixels,

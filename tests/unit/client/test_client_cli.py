@@ -43,6 +43,15 @@ def test_generate_writes_a_picture(run: Callable[..., Result], server: Any, tmp_
     assert not request.HasField("guidance_scale")
 
 
+def test_pictures_are_sent_from_files(run: Callable[..., Result], server: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"first")
+    (tmp_path / "m.png").write_bytes(b"mask")
+    done = run("generate", "x", "--image", "a.png", "--mask-image", "m.png", "--strength", 0.5)
+    assert done.exit_code == 0, done.output
+    (request,) = server.script.generates
+    assert (request.image, request.mask_image, request.strength) == (b"first", b"mask", 0.5)
+
+
 def test_several_pictures_are_numbered_and_the_suffix_is_the_format(
     run: Callable[..., Result], server: Any, tmp_path: Path
 ) -> None:
@@ -93,6 +102,7 @@ def test_rare_words(trigger: str, rare: list[str]) -> None:
         ("generate", "x", "-o", "none/x.png"),
         ("generate", "x", "--width", "wide"),
         ("generate", "x", "--image-format", "gif"),
+        ("generate", "x", "--image", "nothing.png"),
         ("generate",),
         ("nonsense",),
         ("train", "."),

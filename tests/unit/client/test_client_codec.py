@@ -55,6 +55,16 @@ def test_values_that_do_not_fit_are_named(
         codec.generate_request("x", (), None, values)
 
 
+def test_pictures_come_from_paths_bytes_and_what_was_painted(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"file")
+    painted = atelier.Image(0, "image/png", b"painted", 7)
+    for image, expected in ((path, b"file"), (str(path), b"file"), (b"raw", b"raw"), (painted, b"painted")):
+        assert codec.generate_request("x", (), None, {"image": image}).image == expected
+    with pytest.raises(ValueError, match=r"mask_image=.*nothing\.png.*No such file"):
+        codec.generate_request("x", (), None, {"mask_image": tmp_path / "nothing.png"})
+
+
 def test_what_is_none_is_not_sent_and_zero_is() -> None:
     request = codec.generate_request("x", (), "id", {"width": None, "guidance_scale": 0.0, "seed": 0})
     assert not request.HasField("width")

@@ -56,6 +56,9 @@ requests = message(
     timestep_spacing=st.one_of(texts, st.sampled_from(["leading", "trailing"])),
     rescale_betas_zero_snr=st.booleans(),
     eta=floats,
+    image=st.binary(max_size=8),
+    mask_image=st.binary(max_size=8),
+    strength=floats,
 )
 recipes = message(
     training_pb2.TrainingRecipe,

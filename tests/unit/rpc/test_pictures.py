@@ -8,7 +8,7 @@ import struct
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 
 from atelier_server.rpc.pictures import examine
 
@@ -34,6 +34,22 @@ def test_good_pictures_pass_and_their_header_is_believed(format: str, options: d
     verdict = examine(data, 40 * 30)
     assert (verdict.suffix, verdict.problem) == (format.lower(), "")
     assert examine(data, 40 * 30 - 1).problem.startswith("is 40 x 30;")
+
+
+def test_a_picture_that_lies_is_measured_upright() -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    verdict = examine(encoded("JPEG", exif=exif), 10**6)
+    assert (verdict.width, verdict.height) == (30, 40)
+
+
+@pytest.mark.parametrize(("grey", "mode"), [(0, "L"), (127, "L"), (1, "1"), (200, "RGB")])
+def test_the_brightest_grey_is_told(grey: int, mode: str) -> None:
+    file = io.BytesIO()
+    picture = Image.new(mode, (40, 30))
+    picture.paste((grey,) * 3 if mode == "RGB" else grey, (3, 3, 4, 4))
+    picture.save(file, "PNG")
+    assert examine(file.getvalue(), 10**6).brightest == (255 if mode == "1" else grey)
 
 
 @pytest.mark.parametrize(("format", "options"), CASES)

@@ -120,6 +120,7 @@ def encode_info(status: WorkerStatus, limits: Limits) -> server_pb2.GetServerInf
                 default_scheduler=base.default_scheduler,
                 max_prompt_tokens=base.max_prompt_tokens,
                 num_parameters=base.num_parameters,
+                inpainting=base.inpainting,
             )
         )
         message.device.CopyFrom(

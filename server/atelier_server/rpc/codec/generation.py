@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import secrets
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 
 from atelier.v1 import generation_pb2 as pb
 from atelier_server.config import Limits
@@ -23,7 +25,10 @@ from atelier_server.core import (
     SchedulerOptions,
 )
 from atelier_server.rpc.codec.checks import Checks
+from atelier_server.rpc.codec.init_image import decode_init
+from atelier_server.rpc.pictures import Verdict
 
+_NO_PICTURES: Mapping[str, Verdict] = MappingProxyType({})
 _MAX_GUIDANCE = 100.0
 _DEFAULT_BUCKET = 8
 _MODES = {
@@ -57,8 +62,16 @@ class GenerationDraft:
     refs: tuple[AdapterRef, ...]
 
 
-def decode_generate(request: pb.GenerateRequest, limits: Limits, base: BaseInfo) -> GenerationDraft:
-    """Fills in every default. Raises InvalidRequest with every violation."""
+def decode_generate(
+    request: pb.GenerateRequest,
+    limits: Limits,
+    base: BaseInfo,
+    pictures: Mapping[str, Verdict] = _NO_PICTURES,
+) -> GenerationDraft:
+    """Fills in every default. `pictures` tells of those in the request, by field.
+
+    Raises InvalidRequest with every violation.
+    """
     checks = Checks()
     request_id = checks.request_id("request_id", request.request_id)
     num_images = request.num_images if request.HasField("num_images") else 1
@@ -81,6 +94,7 @@ def decode_generate(request: pb.GenerateRequest, limits: Limits, base: BaseInfo)
     if seed + max(num_images, 1) - 1 >= 2**64:
         checks.refuse("seed", f"{seed} + num_images - 1 does not fit into 64 bits")
     scheduler = request.scheduler if request.HasField("scheduler") else base.default_scheduler
+    width, height = _size(checks, request, limits, base, pictures.get("image"))
     job = GenerationJob(
         id=uuid.uuid4().hex,
         prompt=checks.text("prompt", request.prompt, limits.max_prompt_characters),
@@ -93,12 +107,16 @@ def decode_generate(request: pb.GenerateRequest, limits: Limits, base: BaseInfo)
         guidance_rescale=checks.number("guidance_rescale", request.guidance_rescale, 0.0, 1.0),
         scheduler=checks.choice("scheduler", scheduler, SCHEDULERS),
         scheduler_options=_scheduler_options(checks, request, scheduler, base),
-        width=checks.size("width", request.width, limits.max_width)
-        if request.HasField("width")
-        else base.native_width,
-        height=checks.size("height", request.height, limits.max_height)
-        if request.HasField("height")
-        else base.native_height,
+        width=width,
+        height=height,
+        init=decode_init(
+            checks,
+            request,
+            verdicts=pictures,
+            base=base,
+            size=(width, height),
+            num_inference_steps=steps,
+        ),
         mode=mode,
         bucket=bucket,
         image_format=_FORMATS.get(request.image_format, ImageFormat.PNG),
@@ -119,6 +137,26 @@ def _reproducibility(checks: Checks, request: pb.GenerateRequest) -> tuple[Mode,
     if request.batch_bucket not in ROW_BUCKETS:
         checks.refuse("batch_bucket", f"{request.batch_bucket} is none of {', '.join(map(str, ROW_BUCKETS))}")
     return mode, request.batch_bucket
+
+
+def _size(
+    checks: Checks, request: pb.GenerateRequest, limits: Limits, base: BaseInfo, image: Verdict | None
+) -> tuple[int, int]:
+    """Width and height: as asked for, else those of the picture to begin with, else the base's own."""
+    told = image is not None and not image.problem
+    native = (image.width, image.height) if image and told else (base.native_width, base.native_height)
+    asked = {field.name: value for field, value in request.ListFields() if field.name in ("width", "height")}
+    size = []
+    highest = {"width": limits.max_width, "height": limits.max_height}
+    for field, value in zip(highest, native, strict=True):
+        most = highest[field]
+        if told and field not in asked and (value % 8 or not 8 <= value <= most):
+            right = min(max(value - value % 8, 8), most)
+            checks.refuse(
+                "image", f"its {field} {value} is no multiple of 8 between 8 and {most}; {right} is"
+            )
+        size.append(checks.size(field, asked[field], most) if field in asked else value)
+    return size[0], size[1]
 
 
 def _scheduler_options(

@@ -79,6 +79,8 @@ def decode_start(start: pb.TrainRequest.Start, limits: Limits, base: BaseInfo) -
     checks.integer("recipe.num_images", message.num_images, 1, limits.max_train_images)
     _check_recipe(checks, recipe, limits)
     _check_optimizer(checks, recipe)
+    if base.inpainting:
+        checks.refuse("recipe.method", "this base is an inpainting model: it paints, and is not taught here")
     checks.done()
     body = json.dumps([message.name, message.new_version, message.num_images, asdict(recipe)], sort_keys=True)
     return TrainingDraft(
