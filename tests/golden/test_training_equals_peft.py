@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from atelier_server.diffusion.base import load_base
 from atelier_server.diffusion.conditioning import Conditioning, Framing
 from atelier_server.diffusion.denoiser import Denoiser
 from atelier_server.training.trainer import LoraTrainer
+from tests.bases import FAMILIES, peer, save_base
 from tests.unit.adapters.tiny import EVERYTHING, adapter_for
 
 STEPS = 12
@@ -45,10 +48,23 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return paths
 
 
+Run = tuple[list[float], dict[str, torch.Tensor]]
+
+
 @pytest.fixture(scope="module")
-def peft_run(images: list[Path]) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """diffusers' and PEFT's own pieces, as their DreamBooth script puts them together."""
-    pipe = StableDiffusionPipeline.from_pretrained(pocket.path(), safety_checker=None)
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {family: save_base(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
+    return {"pocket": pocket.path(), **made}
+
+
+@pytest.fixture(scope="module")
+def peft_run(images: list[Path], folders: dict[str, Path]) -> Callable[[str], Run]:
+    return cache(lambda name: plain_loop(name, folders[name], images))
+
+
+def plain_loop(name: str, folder: Path, images: list[Path]) -> Run:
+    """diffusers' and PEFT's own pieces, as their DreamBooth scripts put them together."""
+    pipe = peer(name, folder)
     unet = pipe.unet.requires_grad_(False)
     torch.manual_seed(RECIPE.seed)
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -61,7 +77,13 @@ def peft_run(images: list[Path]) -> tuple[list[float], dict[str, torch.Tensor]]:
             [torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) for path in images]
         )
         posteriors = [pipe.vae.encode(p[None] / 127.5 - 1.0).latent_dist for p in pixels]
-        prompt = pipe.encode_prompt(RECIPE.instance_prompt, "cpu", 1, False)[0]
+        encoded = pipe.encode_prompt(
+            RECIPE.instance_prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        prompt, added = encoded[0], None
+        if name == "sdxl":
+            time_ids = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]])
+            added = {"text_embeds": encoded[2].expand(3, -1), "time_ids": time_ids.expand(3, -1)}
     chance = torch.Generator().manual_seed(RECIPE.seed)
     order: list[int] = []
     losses = []
@@ -79,7 +101,7 @@ def peft_run(images: list[Path]) -> tuple[list[float], dict[str, torch.Tensor]]:
         timesteps = torch.randint(1000, (3,), generator=chance)
         torch.rand(3, generator=chance)  # caption dropout
         noisy = scheduler.add_noise(latents, noise, timesteps)
-        prediction = unet(noisy, timesteps, prompt.expand(3, -1, -1)).sample
+        prediction = unet(noisy, timesteps, prompt.expand(3, -1, -1), added_cond_kwargs=added).sample
         if scheduler.config.prediction_type == "v_prediction":
             noise = scheduler.get_velocity(latents, noise, timesteps)
         loss = F.mse_loss(prediction, noise)
@@ -91,14 +113,19 @@ def peft_run(images: list[Path]) -> tuple[list[float], dict[str, torch.Tensor]]:
     return losses, get_peft_model_state_dict(unet)
 
 
-@pytest.mark.parametrize("serving", [False, True], ids=["alone", "serving"])
+@pytest.mark.parametrize(
+    ("name", "serving"),
+    [("pocket", False), ("pocket", True), ("sd1", False), ("sd2", True), ("sdxl", False), ("sdxl", True)],
+)
 def test_the_loss_curve_is_pefts(
+    name: str,
     serving: bool,
     images: list[Path],
-    peft_run: tuple[list[float], dict[str, torch.Tensor]],
+    folders: dict[str, Path],
+    peft_run: Callable[[str], Run],
     tmp_path: Path,
 ) -> None:
-    base = load_base("pocket", "cpu")
+    base = load_base(str(folders[name]), "cpu")
     bank = SlotBank(slots=2, max_rank=16)
     bank.wrap(base.unet, "unet")
     for slot in (1, 2):
@@ -133,10 +160,10 @@ def test_the_loss_curve_is_pefts(
             paint()
         if step == 5:
             trainer.publish()
-    expected, weights = peft_run
+    expected, weights = peft_run(name)
     assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 1e-5
-    for name, module in trainer.adapter().low_rank.items():
-        bare = name.removeprefix("unet.")
+    for layer, module in trainer.adapter().low_rank.items():
+        bare = layer.removeprefix("unet.")
         assert (module.A - weights[f"{bare}.lora_A.weight"]).abs().max() <= 1e-4
         assert (module.B - weights[f"{bare}.lora_B.weight"]).abs().max() <= 1e-4
     assert all(torch.equal(painted[0], other) for other in painted[1:])
