@@ -63,7 +63,7 @@ class FakeRunner:
         self.denoise_error: Exception | None = None
         self.memory_rows = 16  # rows that a forward has memory for
 
-    def open(self, task: ImageTask) -> None:
+    def open(self, task: ImageTask, slots: Mapping[CheckpointId, int]) -> None:
         self.progress[task.arrival] = 0
 
     def steps(self, task: ImageTask) -> int:

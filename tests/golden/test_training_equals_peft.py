@@ -114,17 +114,17 @@ def plain_loop(name: str, folder: Path, images: list[Path]) -> Run:
 
 
 @pytest.mark.parametrize(
-    ("name", "serving"),
+    "case",
     [("pocket", False), ("pocket", True), ("sd1", False), ("sd2", True), ("sdxl", False), ("sdxl", True)],
 )
 def test_the_loss_curve_is_pefts(
-    name: str,
-    serving: bool,
+    case: tuple[str, bool],
     images: list[Path],
     folders: dict[str, Path],
     peft_run: Callable[[str], Run],
     tmp_path: Path,
 ) -> None:
+    name, serving = case  # whether pictures are painted between the steps
     base = load_base(str(folders[name]), "cpu")
     bank = SlotBank(slots=2, max_rank=16)
     bank.wrap(base.unet, "unet")

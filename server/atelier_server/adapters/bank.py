@@ -9,16 +9,17 @@
     with bank.train(leaves):
         loss(unet(...)).backward()                               # forward and backward, both inside
 
+Text encoders are wrapped as well, and gathered for by themselves: a row's text is encoded once, before its
+first step. What follows holds for each component.
+
 Guarantees: base weights are never written; a row's bits do not depend on its neighbours' adapters, ranks or
 number of adapters (at the same number of rows); a NaN in a slot reaches only the rows that use it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from atelier_server.adapters.canonical import (
     tensors_of,
 )
 from atelier_server.adapters.changes import Difference, LayerChange, change_of
+from atelier_server.adapters.content import Content, packed_rank
 from atelier_server.adapters.differences import Differences
 from atelier_server.adapters.layers import (
     BankLayer,
@@ -50,13 +52,20 @@ from atelier_server.adapters.layers import (
     wrapped_norm,
 )
 from atelier_server.adapters.shapes import shape_fault
-from atelier_server.adapters.slots import GroupKey, SlotGroup, group_key
+from atelier_server.adapters.slots import GroupKey, SlotGroup, component_of, group_key
+from atelier_server.adapters.words import (
+    BankEmbedding,
+    Words,
+    check_tokens,
+    is_vocabulary,
+    resident,
+    words_of,
+)
 from atelier_server.errors import AdapterMismatch
 
 Row = tuple[tuple[int, float], ...]
 RowsKey = tuple[tuple[tuple[int, int, float], ...], ...]
-_FINGERPRINTED_LAYERS = 8
-_FINGERPRINTED_VALUES = 16
+UNET = ("unet",)
 _log = logging.getLogger(__name__)
 
 
@@ -73,17 +82,6 @@ class ActiveRows:
     norms: Mapping[str, NormDelta]
 
 
-@dataclass(slots=True)
-class _Slot:
-    """What a slot holds. `scale` is alpha/r of most of its layers; the others differ by a factor inside B."""
-
-    revision: int = 0
-    empty: bool = True
-    rank: int = 0
-    scale: float = 1.0
-    fingerprint: bytes = b""
-
-
 class SlotBank:
     """`slots` adapters of rank `max_rank` or less, in slots 1 to `slots`; slot 0 comes on top, always empty.
 
@@ -96,36 +94,46 @@ class SlotBank:
         self.layers: dict[str, BankLayer] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}  # of the weights that adapters can change; norms too
         self._norms: dict[str, tuple[nn.Module, str]] = {}
-        self._differences = Differences()
+        self._differences: dict[str, Differences] = {}
+        self._vocabularies: dict[str, BankEmbedding] = {}
         self._alike: dict[GroupKey, list[BankLayer]] = {}
         self._groups: dict[GroupKey, SlotGroup] = {}
-        self._held = [_Slot() for _ in range(slots + 1)]
+        self._held = [Content()] * (slots + 1)
         self._current = Current()
         self._training = False
 
     def wrap(self, root: nn.Module, prefix: str) -> None:
         """Replaces every plain linear and convolution layer inside `root` and freezes the base.
 
-        Norms are replaced when an adapter that changes them is first loaded. Layers are known as PREFIX.NAME,
-        with their names in `root`, whose device and dtype must be final.
+        So is a text encoder's vocabulary. Norms are replaced when an adapter that changes them is first
+        loaded. Layers are known as PREFIX.NAME, with their names in `root`, whose device and dtype must be
+        final.
         """
         root.requires_grad_(False)
+        self._differences[prefix] = Differences()
         for name, module in list(root.named_modules()):
             layer = wrapped(module, f"{prefix}.{name}", self._current)
             if layer is not None:
                 root.set_submodule(name, layer)
                 self.layers[layer.layer_name] = layer
                 self.shapes[layer.layer_name] = tuple(layer.weight.shape)
-                self._differences.add_layer(layer.layer_name, layer.weight)
+                self._differences[prefix].add_layer(layer.layer_name, layer.weight)
                 self._alike.setdefault(group_key(layer), []).append(layer)
             elif is_norm(module):
                 self.shapes[f"{prefix}.{name}"] = tuple(module.weight.shape)
                 self._norms[f"{prefix}.{name}"] = (root, name)
+            elif is_vocabulary(module, name):
+                assert isinstance(module, nn.Embedding)
+                self._vocabularies[prefix] = BankEmbedding(module, prefix, self._current)
+                root.set_submodule(name, self._vocabularies[prefix])
 
     # ------------------------------------------------------------------------------------------ content
     def check(self, adapter: CanonicalAdapter) -> None:
         """Raises AdapterMismatch that names the first layer which does not fit or is not finite."""
         self._check_shapes(adapter)
+        for placeholder, vectors in ((p, v) for p, by in adapter.tokens.items() for v in by.values()):
+            if not finite(vectors):
+                raise AdapterMismatch(f"the token {placeholder} has values that are not finite")
         for name, module in adapter.modules.items():
             if not all(finite(tensor) for _, tensor in tensors_of(module)):
                 raise AdapterMismatch(
@@ -143,78 +151,106 @@ class SlotBank:
         changes = {name: self._change(name, module) for name, module in adapter.modules.items()}
         pairs = {name: change.low_rank for name, change in changes.items() if change.low_rank is not None}
         grouped = [(self._group(key), modules) for key, modules in self._grouped(pairs).items()]
-        rest = self._differences.packed(changes)
+        rest = {
+            component: differences.packed(
+                {name: change for name, change in changes.items() if component_of(name) == component}
+            )
+            for component, differences in self._differences.items()
+        }
+        tokens = resident(adapter.tokens, self._vocabularies)
         scales = {name: module.alpha / module.rank for name, module in pairs.items()}
-        common = Counter(scale for scale in scales.values() if scale).most_common(1)
         for group in self._groups.values():
             group.erase(slot)
-        self._held[slot] = held = _Slot(
-            revision=held.revision + 1,
-            empty=not adapter.modules,
-            rank=adapter.largest.rank if adapter.largest else 0,
-            scale=common[0][0] if common else 1.0,
-            fingerprint=_fingerprint(adapter),
-        )
+        self._held[slot] = held = Content.of(adapter, scales, tokens, held.revision + 1)
         with torch.no_grad():
             for group, modules in grouped:
                 group.write(slot, modules, {name: scales[name] / held.scale for name in modules})
-        self._differences.put(slot, rest)
-        if rest is not None:
-            _log.info("slot %d: %s", slot, rest)
+        for component, differences in self._differences.items():
+            differences.put(slot, rest[component])
+            if rest[component] is not None:
+                _log.info("slot %d: %s", slot, rest[component])
 
     def clear(self, slot: int) -> None:
         """Empties the slot."""
         held = self._slot(slot)
         for group in self._groups.values():
             group.erase(slot)
-        self._differences.put(slot, None)
-        self._held[slot] = _Slot(revision=held.revision + 1)
+        for differences in self._differences.values():
+            differences.put(slot, None)
+        self._held[slot] = Content(held.revision + 1)
+
+    def changes(self, slot: int, components: Sequence[str]) -> bool:
+        """Whether the adapter in the slot changes any of these, or has words for them."""
+        held = self._slot(slot)
+        return held.changes(components) or held.speaks_to(components)
 
     @property
     def size_bytes(self) -> int:
         """Memory of all slots."""
-        return sum(group.size_bytes for group in self._groups.values()) + self._differences.size_bytes
+        pairs = sum(group.size_bytes for group in self._groups.values())
+        return pairs + sum(differences.size_bytes for differences in self._differences.values())
 
     # --------------------------------------------------------------------------------------------- rows
-    def key(self, rows: Sequence[Sequence[tuple[int, float]]]) -> RowsKey:
+    def key(self, rows: Sequence[Sequence[tuple[int, float]]], components: Sequence[str] = UNET) -> RowsKey:
         """Equal for equal weights in every row: slots with their revisions, in canonical order."""
         return tuple(
-            tuple((slot, self._held[slot].revision, weight) for slot, weight in self._canonical(row))
+            tuple(
+                (slot, self._held[slot].revision, weight) for slot, weight in self._canonical(row, components)
+            )
             for row in rows
         )
 
-    def gather(self, rows: Sequence[Sequence[tuple[int, float]]]) -> ActiveRows:
+    def gather(
+        self, rows: Sequence[Sequence[tuple[int, float]]], components: Sequence[str] = UNET
+    ) -> ActiveRows:
         """Copies what each row's (slot, weight) pairs name; an empty row is the base alone.
 
         The copy costs, the forwards after it do not: keep the result while `key(rows)` stays the same.
         """
-        canonical = [self._canonical(row) for row in rows]
-        ranks = _packed_rank(max((sum(self._held[s].rank for s, _ in row) for row in canonical), default=0))
-        packed = [self._pack(row, ranks) for row in canonical]
+        canonical = [self._canonical(row, components) for row in rows]
+        ranks = [sum(self._held[slot].rank(components) for slot, _ in row) for row in canonical]
+        packed = [self._pack(row, packed_rank(max(ranks, default=0)), components) for row in canonical]
         index = torch.tensor([i for indices, _ in packed for i in indices])
         factors = torch.tensor([[f] for _, values in packed for f in values])
         used = {slot for row in canonical for slot, _ in row}
         pairs: dict[str, RowDelta] = {}
-        for group in self._groups.values():
+        for group in (group for key, group in self._groups.items() if key[2] in components):
             index, factors = index.to(group.A.device), factors.to(group.A.device)  # once: one device
             pairs |= group.gather(used, index, factors, len(canonical))
-        mixed, norms = self._differences.gather(canonical, pairs)
-        deltas: dict[str, Delta] = {**pairs, **mixed}
-        return ActiveRows(len(canonical), self.key(rows), MappingProxyType(deltas), MappingProxyType(norms))
+        deltas: dict[str, Delta] = dict(pairs)
+        norms: dict[str, NormDelta] = {}
+        for component, differences in self._differences.items():
+            if component in components:
+                mixed, changed = differences.gather(canonical, pairs)
+                deltas |= mixed
+                norms |= changed
+        key = self.key(rows, components)
+        return ActiveRows(len(canonical), key, MappingProxyType(deltas), MappingProxyType(norms))
+
+    def words(self, row: Sequence[tuple[int, float]]) -> Words:
+        """The learned tokens of a row's adapters; their weights do not scale them.
+
+        Raises AdapterMismatch where two of the adapters have the same placeholder.
+        """
+        used = [slot for slot, _ in self._ordered(row) if self._held[slot].tokens]
+        return words_of([self._held[slot].tokens for slot in used], self._vocabularies)
 
     @contextmanager
-    def use(self, rows: ActiveRows | None) -> Iterator[None]:
-        """Forwards inside have these rows; None = the base alone. RuntimeError inside `train`."""
+    def use(self, rows: ActiveRows | None, words: Words | None = None) -> Iterator[None]:
+        """Forwards inside have these rows, and texts these words; None = the base alone.
+
+        RuntimeError inside `train`.
+        """
         if self._training:
             raise RuntimeError("rows cannot be activated between a training's forward and its backward")
-        before = self._current.deltas, self._current.norms
-        self._current.deltas, self._current.norms = (
-            (rows.deltas, rows.norms) if rows is not None else ({}, {})
-        )
+        current = self._current
+        before = current.deltas, current.norms, current.words
+        current.deltas, current.norms = (rows.deltas, rows.norms) if rows is not None else ({}, {})
+        current.words = words.vectors if words is not None else {}
         try:
             yield
         finally:
-            self._current.deltas, self._current.norms = before
+            current.deltas, current.norms, current.words = before
 
     @contextmanager
     def train(self, leaves: LeafSet | Sequence[LeafSet]) -> Iterator[None]:
@@ -234,12 +270,17 @@ class SlotBank:
             self._training = False
 
     # ---------------------------------------------------------------------------------------- internals
-    def _slot(self, slot: int) -> _Slot:
+    def _slot(self, slot: int) -> Content:
         if not 1 <= slot <= self.slots:
             raise IndexError(f"slot {slot} is none of 1 to {self.slots}")
         return self._held[slot]
 
-    def _canonical(self, row: Sequence[tuple[int, float]]) -> Row:
+    def _canonical(self, row: Sequence[tuple[int, float]], components: Sequence[str]) -> Row:
+        """The slots of a row that change these components, each once, in order."""
+        ordered = self._ordered(row)
+        return tuple((slot, weight) for slot, weight in ordered if self._held[slot].changes(components))
+
+    def _ordered(self, row: Sequence[tuple[int, float]]) -> Row:
         """Every slot once, in an order that follows from what the slots hold and not from where it lies.
 
         The order decides the order of summation and so the last bits; slot numbers differ between runs.
@@ -248,19 +289,19 @@ class SlotBank:
         for slot, weight in row:
             if not math.isfinite(weight):
                 raise ValueError(f"weight {weight} of slot {slot} is not finite")
-            if not self._slot(slot).empty:
-                weights[slot] = weights.get(slot, 0.0) + weight
+            self._slot(slot)
+            weights[slot] = weights.get(slot, 0.0) + weight
         kept = [(slot, weight) for slot, weight in weights.items() if weight != 0.0]
         return tuple(sorted(kept, key=lambda pair: (self._held[pair[0]].fingerprint, pair[0])))
 
-    def _pack(self, row: Row, ranks: int) -> tuple[list[int], list[float]]:
+    def _pack(self, row: Row, ranks: int, components: Sequence[str]) -> tuple[list[int], list[float]]:
         """Of each packed rank, its place in the buffers and its factor."""
         index: list[int] = []
         factors: list[float] = []
         for slot, weight in row:
-            held = self._held[slot]
-            index += range(slot * self.max_rank, slot * self.max_rank + held.rank)
-            factors += [weight * held.scale] * held.rank
+            rank = self._held[slot].rank(components)
+            index += range(slot * self.max_rank, slot * self.max_rank + rank)
+            factors += [weight * self._held[slot].scale] * rank
         # Padding reads slot 0, which is zero: a factor of 0 on another slot's NaN would be NaN.
         missing = ranks - len(index)
         return index + [0] * missing, factors + [0.0] * missing
@@ -291,30 +332,9 @@ class SlotBank:
         return grouped
 
     def _check_shapes(self, adapter: CanonicalAdapter) -> None:
+        check_tokens(adapter.tokens, self._vocabularies)
         for name, module in adapter.modules.items():
             if (shape := self.shapes.get(name)) is None:
                 raise AdapterMismatch(f"the base model has no layer {name}", {"module": name})
             if fault := shape_fault(module, shape, self.max_rank):
                 raise AdapterMismatch(f"the adapter's {name} {fault}", {"module": name})
-
-
-def _packed_rank(rank: int) -> int:
-    """16, 32, 64, then multiples of 64.
-
-    From 16 up, padding with zeros does not change a row's bits (measured; with 8 it does): so they do not
-    depend on the ranks of its neighbours.
-    """
-    return next((size for size in (16, 32) if rank <= size), -(-rank // 64) * 64)
-
-
-def _fingerprint(adapter: CanonicalAdapter) -> bytes:
-    """Tells adapters apart by a little of their content, cheaply; equal content gives equal bytes."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(adapter.modules)[:_FINGERPRINTED_LAYERS]:
-        module = adapter.modules[name]
-        digest.update(f"{name} {module.alpha if isinstance(module, LoraModule) else 1}".encode())
-        for _, tensor in tensors_of(module):
-            digest.update(str(tuple(tensor.shape)).encode())
-            sample = tensor.detach().flatten()[:_FINGERPRINTED_VALUES]
-            digest.update(str(sample.double().tolist()).encode())
-    return digest.digest()

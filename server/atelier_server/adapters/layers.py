@@ -45,12 +45,15 @@ class NormDelta(Protocol):
 class Current:
     """The deltas of the forward that runs now, by layer name; shared by all layers of a bank.
 
+    `words`: by text encoder the vectors [n,d] of the learned tokens of the text that is encoded now.
+
     A plain attribute and no context variable: with gradient checkpointing on CUDA the forward is computed
     again in autograd's own thread, which must see the same deltas.
     """
 
     deltas: Mapping[str, Delta] = field(default_factory=dict)
     norms: Mapping[str, NormDelta] = field(default_factory=dict)
+    words: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,15 +15,20 @@ from torch import Tensor
 from atelier_server.adapters.canonical import LoraModule
 from atelier_server.adapters.layers import BankLayer, RowDelta
 
-GroupKey = tuple[tuple[int, ...], bool]
+GroupKey = tuple[tuple[int, ...], bool, str]
 
 
 def group_key(layer: BankLayer) -> GroupKey:
-    """Layers that share their slots' tensors: of one shape, and attention apart from the rest.
+    """Layers that share their slots' tensors: of one shape and component, attention apart from the rest.
 
     An adapter usually has all of the attention or none of it; a layer that no adapter has costs memory.
     """
-    return tuple(layer.weight.shape), ".attn" in layer.layer_name
+    return tuple(layer.weight.shape), ".attn" in layer.layer_name, component_of(layer.layer_name)
+
+
+def component_of(name: str) -> str:
+    """The part of the base in which a layer is: "unet", "text_encoder", ..."""
+    return name.partition(".")[0]
 
 
 class SlotGroup:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from atelier_server.diffusion.conditioning import TextEmbeds
 from atelier_server.diffusion.families import Family, UnsupportedModel
 from atelier_server.diffusion.loading import load_pipeline
-from atelier_server.diffusion.text import TextEncoder
+from atelier_server.diffusion.text import TextEncoder, WordIds
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -60,16 +61,22 @@ class BaseModel:
         """(C, h, w) of the latents of a picture of that many pixels."""
         return self.latent_channels, height // self.latent_scale, width // self.latent_scale
 
-    def encode_prompt(self, text: str, *, clip_skip: int = 0) -> TextEmbeds:
+    def encode_prompt(
+        self, text: str, *, clip_skip: int = 0, words: Mapping[str, WordIds] = MappingProxyType({})
+    ) -> TextEmbeds:
         """A text as the U-Net hears it, with the text encoders' last `clip_skip` layers left out.
 
-        Always a batch of one, so that the bits do not depend on what else is encoded.
+        `words`: by text encoder, the ids of the learned tokens that the text may use. Always a batch of one,
+        so that the bits do not depend on what else is encoded.
         """
-        return self.family.encode(self.encoders, text, clip_skip)
+        ids = [encoder.tokenize(text, words.get(encoder.name)) for encoder in self.encoders]
+        return self.family.encode(self.encoders, ids, clip_skip)
 
-    def encode_negative(self, text: str) -> TextEmbeds:
+    def encode_negative(
+        self, text: str, *, words: Mapping[str, WordIds] = MappingProxyType({})
+    ) -> TextEmbeds:
         """As `encode_prompt`, but an empty text is what the base learned to take for no prompt at all."""
-        embeds = self.encode_prompt(text)
+        embeds = self.encode_prompt(text, words=words)
         return embeds.zeros() if self._zeros_for_no_prompt and not text else embeds
 
     @torch.no_grad()

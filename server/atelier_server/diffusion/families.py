@@ -20,6 +20,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from atelier_server.diffusion.conditioning import Conditioning, Framing, TextEmbeds
@@ -78,10 +79,10 @@ class Family:
             return f"its U-Net has in_channels={channels} instead of 4, or 9 of an inpainting model"
         return ""
 
-    def encode(self, encoders: Sequence[TextEncoder], text: str, clip_skip: int) -> TextEmbeds:
-        """A text, heard `clip_skip` layers before the end."""
+    def encode(self, encoders: Sequence[TextEncoder], ids: Sequence[Tensor], clip_skip: int) -> TextEmbeds:
+        """A text, of which each encoder has its ids [1, tokens], heard `clip_skip` layers before the end."""
         (encoder,) = encoders
-        return TextEmbeds(encoder.normalize(encoder.encode(encoder.tokenize(text)).states[clip_skip]))
+        return TextEmbeds(encoder.normalize(encoder.encode(ids[0]).states[clip_skip]))
 
     def condition(self, text: TextEmbeds, framing: Framing) -> Conditioning:  # noqa: ARG002 - SDXL hears it
         """A row of the U-Net's conditioning."""
@@ -91,8 +92,8 @@ class Family:
 class ExtendedFamily(Family):
     """SDXL (arXiv 2307.01952): two encoders' penultimate states side by side, and pooled text and framing."""
 
-    def encode(self, encoders: Sequence[TextEncoder], text: str, clip_skip: int) -> TextEmbeds:
-        encoded = [encoder.encode(encoder.tokenize(text)) for encoder in encoders]
+    def encode(self, encoders: Sequence[TextEncoder], ids: Sequence[Tensor], clip_skip: int) -> TextEmbeds:
+        encoded = [encoder.encode(its) for encoder, its in zip(encoders, ids, strict=True)]
         states = [one.states[1 + clip_skip] for one in encoded]
         return TextEmbeds(torch.cat(states, dim=-1), encoded[-1].projected)
 

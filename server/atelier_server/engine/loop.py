@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -143,7 +143,7 @@ class Loop:
     def _denoise(self, batch: DenoiseBatch) -> None:
         try:
             slots = self._load(batch)
-            if slots is None or not self._open(batch):
+            if slots is None or not self._open(batch, slots):
                 return  # a request fell out; the rest is scheduled anew
             before = monotonic()
             finished = self._runner.denoise(batch.tasks, batch.bucket, slots)
@@ -200,14 +200,14 @@ class Loop:
             self._send(Sample("adapter_evictions_total", float(evicted)))
         return slot
 
-    def _open(self, batch: DenoiseBatch) -> bool:
+    def _open(self, batch: DenoiseBatch, slots: Mapping[CheckpointId, int]) -> bool:
         """Begins the pictures of a batch that are new. False when a request fell out."""
         for task in batch.tasks:
             if task.started:
                 continue
             before = monotonic()
             try:
-                self._runner.open(task)
+                self._runner.open(task, slots)
             except Exception as error:
                 self._fail(task.job.id, self._out_of_memory(error, "generate") or error)
                 return False

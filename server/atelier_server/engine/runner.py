@@ -72,8 +72,8 @@ class TrainingRun(Protocol):
 class Runner(Protocol):
     """Device work, called from the loop's thread; importing and exporting from another."""
 
-    def open(self, task: ImageTask) -> None:
-        """Encodes the prompts and draws the noise of a picture."""
+    def open(self, task: ImageTask, slots: Mapping[CheckpointId, int]) -> None:
+        """Encodes the prompts and draws the noise of a picture whose adapters lie in these slots."""
 
     def denoise(
         self, tasks: Sequence[ImageTask], bucket: int, slots: Mapping[CheckpointId, int]

@@ -55,14 +55,15 @@ class TorchRunner:
             torch.set_num_threads(settings.threads)
         self.base = load_base(settings.model, settings.device, settings.dtype)
         self.bank = SlotBank(slots=settings.slots, max_rank=settings.max_lora_rank)
-        self.bank.wrap(self.base.unet, "unet")
+        for component in ("unet", *self.base.family.text_encoders):
+            self.bank.wrap(self.base.modules[component], component)
         self.denoiser = Denoiser(self.base.unet, self.base.scheduler_config)
         self._info = device.describe(self.base, self.denoiser.prediction_type)
         self.store = AdapterStore.at(
             Path(settings.data_dir), settings.store, settings.store_cache_bytes, settings.owner
         )
         self._pictures: dict[int, Picture] = {}  # by arrival
-        self._texts = Texts(self.base)
+        self._texts = Texts(self.base, self.bank)
         self._init_images = InitImages(self.base)
         self.host = HostTier(self._read, settings.host_adapter_bytes)
         # Told by the heartbeat's thread, so counted here and not there.
@@ -80,7 +81,7 @@ class TorchRunner:
         self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decoder")
 
     # ------------------------------------------------------------------------------------------- pictures
-    def open(self, task: ImageTask) -> None:
+    def open(self, task: ImageTask, slots: Mapping[CheckpointId, int]) -> None:
         job = task.job
         trajectory = Trajectory.begin(
             job.scheduler,
@@ -94,11 +95,12 @@ class TorchRunner:
             init=self._init_images.latents(job.init) if job.init else None,
             inpainting_unet=self._info.inpainting,
         )
+        adapters = [(use, slots[use.checkpoint]) for use in job.adapters]
         condition = partial(self.base.family.condition, framing=Framing.whole(job.width, job.height))
         self._pictures[task.arrival] = Picture(
             trajectory=trajectory,
-            prompt=condition(self._texts.prompt(job.prompt)),
-            negative=condition(self._texts.negative(job.negative_prompt)) if job.guided else None,
+            prompt=condition(self._texts.prompt(job.prompt, adapters)),
+            negative=condition(self._texts.negative(job.negative_prompt, adapters)) if job.guided else None,
             guidance_scale=job.guidance_scale,
             guidance_rescale=job.guidance_rescale,
         )

@@ -3,33 +3,53 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
+from atelier_server.adapters.bank import SlotBank
+from atelier_server.core import AdapterUse
 from atelier_server.diffusion.base import BaseModel
 from atelier_server.diffusion.conditioning import TextEmbeds
 
 _KEPT = 512
+Loaded = Sequence[tuple[AdapterUse, int]]
+"""A picture's adapters, and the slots in which they lie."""
+# The text, whether it is a negative one, and the contents and weights of the adapters that change it.
+_Key = tuple[str, bool, tuple[tuple[str, float], ...]]
 
 
 class Texts:
     """The least recently used of `_KEPT` texts goes first. One thread: the device's."""
 
-    def __init__(self, base: BaseModel) -> None:
+    def __init__(self, base: BaseModel, bank: SlotBank) -> None:
         self._base = base
-        self._kept: OrderedDict[tuple[str, bool], TextEmbeds] = OrderedDict()
+        self._bank = bank
+        self._encoders = base.family.text_encoders
+        self._kept: OrderedDict[_Key, TextEmbeds] = OrderedDict()
 
-    def prompt(self, text: str) -> TextEmbeds:
-        return self._encoded(text, False)
+    def prompt(self, text: str, adapters: Loaded = ()) -> TextEmbeds:
+        """With the adapters' changes of the text encoders, and their words.
 
-    def negative(self, text: str) -> TextEmbeds:
-        return self._encoded(text, True)
+        Raises AdapterMismatch where two adapters have the same word.
+        """
+        return self._get(text, adapters, negative=False)
 
-    def _encoded(self, text: str, negative: bool) -> TextEmbeds:
-        """Its key is all that decides about its bits."""
-        key = (text, negative)
+    def negative(self, text: str, adapters: Loaded = ()) -> TextEmbeds:
+        return self._get(text, adapters, negative=True)
+
+    def _get(self, text: str, adapters: Loaded, *, negative: bool) -> TextEmbeds:
+        heard = [(use, slot) for use, slot in adapters if self._bank.changes(slot, self._encoders)]
+        # By content, not by slot: it stays the same when an adapter has been out and comes in again.
+        key = (text, negative, tuple(sorted((use.sha256, use.weight) for use, _ in heard)))
         if (embeds := self._kept.get(key)) is None:
-            encode = self._base.encode_negative if negative else self._base.encode_prompt
-            embeds = self._kept[key] = encode(text)
+            row = [(slot, use.weight) for use, slot in heard]
+            embeds = self._kept[key] = self._encoded(text, row, negative)
         self._kept.move_to_end(key)
         while len(self._kept) > _KEPT:
             self._kept.popitem(last=False)
         return embeds
+
+    def _encoded(self, text: str, row: list[tuple[int, float]], negative: bool) -> TextEmbeds:
+        words = self._bank.words(row)
+        encode = self._base.encode_negative if negative else self._base.encode_prompt
+        with self._bank.use(self._bank.gather([row], self._encoders) if row else None, words):
+            return encode(text, words=words.ids)
