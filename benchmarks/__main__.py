@@ -7,7 +7,16 @@ import importlib
 import os
 import sys
 
-NAMES = ("mixed_adapters", "swap", "service_overhead")
+NAMES = (
+    "mixed_adapters",
+    "mixed_forward",
+    "swap",
+    "service_overhead",
+    "composition_tax",
+    "poisson",
+    "strict",
+    "control_call",
+)
 
 
 def main() -> int:

@@ -1,0 +1,97 @@
+"""The peer of the latency benchmarks: the server that one writes first.
+
+    python -m benchmarks.diffusers_server BASE FILE...
+
+One process, grpc.aio, diffusers' pipeline with every adapter loaded, requests one after another in a thread.
+Speaks as much of our contract as the benchmarks ask for; prints its port.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import torch
+
+from atelier.v1 import generation_pb2, generation_pb2_grpc, server_pb2, server_pb2_grpc
+from atelier_server.core import ImageFormat
+from atelier_server.diffusion.images import encode_picture
+from benchmarks.bases import peer_pipeline
+
+Events = asyncio.Queue[generation_pb2.GenerateResponse | None]
+
+
+class Painter(generation_pb2_grpc.GenerationServiceServicer, server_pb2_grpc.ServerServiceServicer):
+    def __init__(self, base: Path, files: list[Path]) -> None:
+        self._pipeline = peer_pipeline(base)
+        for file in files:
+            self._pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=file.stem)
+        self._turn = asyncio.Lock()  # first come, first served
+
+    async def GetServerInfo(
+        self, request: server_pb2.GetServerInfoRequest, context: object
+    ) -> server_pb2.GetServerInfoResponse:
+        return server_pb2.GetServerInfoResponse(ready=True)
+
+    async def Generate(
+        self, request: generation_pb2.GenerateRequest, context: object
+    ) -> AsyncIterator[generation_pb2.GenerateResponse]:
+        async with self._turn:
+            events: Events = asyncio.Queue()
+            loop = asyncio.get_running_loop()
+            painting = asyncio.create_task(asyncio.to_thread(self._paint, request, loop, events))
+            while (event := await events.get()) is not None:
+                yield event
+            await painting
+
+    def _paint(
+        self, request: generation_pb2.GenerateRequest, loop: asyncio.AbstractEventLoop, events: Events
+    ) -> None:
+        def tell(event: generation_pb2.GenerateResponse | None) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        def stepped(_pipeline: Any, step: int, _time: Any, values: dict[str, Any]) -> dict[str, Any]:
+            progress = generation_pb2.GenerateResponse.Progress(
+                step=step + 1, total=request.num_inference_steps
+            )
+            tell(generation_pb2.GenerateResponse(progress=progress))
+            return values
+
+        try:
+            if request.adapters:
+                self._pipeline.set_adapters(request.adapters[0].adapter)
+            pixels = self._pipeline(
+                request.prompt,
+                num_inference_steps=request.num_inference_steps,
+                guidance_scale=request.guidance_scale,
+                height=64,
+                width=64,
+                generator=torch.Generator("cpu").manual_seed(request.seed),
+                callback_on_step_end=stepped,
+                output_type="pt",
+            ).images[0]
+            data = encode_picture(pixels, ImageFormat.PNG, {})
+            image = generation_pb2.GenerateResponse.Image(data=data, size=len(data), last=True)
+            tell(generation_pb2.GenerateResponse(image=image))
+            tell(generation_pb2.GenerateResponse(completed=generation_pb2.GenerateResponse.Completed()))
+        finally:
+            tell(None)
+
+
+async def serve(base: Path, files: list[Path]) -> None:
+    server = grpc.aio.server()
+    painter = Painter(base, files)
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(painter, server)
+    server_pb2_grpc.add_ServerServiceServicer_to_server(painter, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    print(port, flush=True)
+    await server.wait_for_termination()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(Path(sys.argv[1]), [Path(argument) for argument in sys.argv[2:]]))
