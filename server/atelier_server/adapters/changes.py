@@ -52,11 +52,15 @@ class LayerChange:
     difference: Difference | None = None
 
 
-@torch.no_grad()
 def change_of(module: Module, layer: nn.Linear | nn.Conv2d) -> LayerChange:
     """The change that `module` makes to `layer`, on the layer's device. Plain LoRA comes back as it is."""
     if isinstance(module, LoraModule) and module.magnitude is None and module.bias is None:
         return LayerChange(module)
+    with torch.no_grad():
+        return _change_of(module, layer)
+
+
+def _change_of(module: Module, layer: nn.Linear | nn.Conv2d) -> LayerChange:
     device = layer.weight.device
     shift = None if module.bias is None else module.bias.to(device, torch.float32)
     if isinstance(module, LoraModule):
