@@ -127,6 +127,13 @@ class SlotBank:
                 self._vocabularies[prefix] = BankEmbedding(module, prefix, self._current)
                 root.set_submodule(name, self._vocabularies[prefix])
 
+    def layer(self, name: str) -> nn.Module:
+        """The layer or norm of that name, one of `shapes`."""
+        if (layer := self.layers.get(name)) is not None:
+            return layer
+        root, inner = self._norms[name]
+        return root.get_submodule(inner)
+
     # ------------------------------------------------------------------------------------------ content
     def check(self, adapter: CanonicalAdapter) -> None:
         """Raises AdapterMismatch that names the first layer which does not fit or is not finite."""
@@ -317,7 +324,7 @@ class SlotBank:
         if (layer := self.layers.get(name)) is not None:
             return change_of(module, layer)
         root, inner = self._norms[name]
-        norm = root.get_submodule(inner)
+        norm = self.layer(name)
         if is_norm(norm):
             root.set_submodule(inner, wrapped_norm(norm, name, self._current))
         assert isinstance(module, DenseModule)
