@@ -21,6 +21,7 @@ AtelierError                       INTERNAL             INTERNAL
 |   +-- QueueFull                  RESOURCE_EXHAUSTED   QUEUE_FULL
 |   +-- OutOfMemory                RESOURCE_EXHAUSTED   OUT_OF_MEMORY
 |   +-- StorageFull                RESOURCE_EXHAUSTED   STORAGE_FULL
+|   +-- QuotaExceeded              RESOURCE_EXHAUSTED   QUOTA_EXCEEDED
 +-- Unavailable                    UNAVAILABLE
 |   +-- WorkerNotReady             UNAVAILABLE          WORKER_NOT_READY
 |   +-- WorkerLost                 UNAVAILABLE          WORKER_LOST
@@ -65,7 +66,7 @@ class AtelierError(Exception):
 
     status: ClassVar[str] = "INTERNAL"
     reason: ClassVar[str] = "INTERNAL"
-    retry_after_seconds: ClassVar[float | None] = None
+    retry_after_seconds: float | None = None
 
     def __init__(self, message: str, metadata: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
@@ -189,6 +190,24 @@ class OutOfMemory(ResourceExhausted):
 
 class StorageFull(ResourceExhausted):
     reason = "STORAGE_FULL"
+
+
+class QuotaExceeded(ResourceExhausted):
+    """`tenant` is the subject of google.rpc.QuotaFailure."""
+
+    reason = "QUOTA_EXCEEDED"
+
+    def __init__(
+        self,
+        message: str,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        tenant: str = "",
+        retry_after_seconds: float | None = None,
+    ) -> None:
+        super().__init__(message, metadata)
+        self.tenant = tenant
+        self.retry_after_seconds = retry_after_seconds
 
 
 class Unavailable(AtelierError):

@@ -68,7 +68,8 @@ def receipt(job: GenerationJob, base: BaseInfo, *, seed: int, num_images: int, b
         negative_prompt=job.negative_prompt,
         adapters=tuple(
             AdapterReceipt(
-                name=use.checkpoint.name,
+                # As its user wrote it: a receipt leaves the server, also in the picture's file.
+                name=use.checkpoint.name.rpartition("/")[2],
                 version=use.checkpoint.version,
                 step=use.checkpoint.step,
                 weight=use.weight,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from atelier import Client
-from atelier.errors import UnauthenticatedError, UnavailableError, UnimplementedError
+from atelier.errors import NotFoundError, UnauthenticatedError, UnavailableError, UnimplementedError
 from tests.process.certificates import Authority
 from tests.process.server import FRONT, Server
 
 pytestmark = pytest.mark.process
 
+OTTO = Path(__file__).parents[2] / "examples" / "otto"
 RED, BLUE, OLD, NEW = ("atl_" + letter * 43 for letter in "rbon")
 
 
@@ -92,6 +93,34 @@ def test_a_wrong_or_expired_token_is_refused(guarded: Guarded, token: str | None
                 call()
             assert caught.value.reason == reason
             assert not token or token not in str(caught.value)
+
+
+def test_anothers_adapter_and_training_are_not_found(guarded: Guarded, tmp_path: Path) -> None:
+    (tmp_path / "guest.safetensors").write_bytes(b"weights")
+    with guarded.client(RED) as red, guarded.client(BLUE) as blue:
+        red.import_adapter(tmp_path / "guest.safetensors", "guest")
+        recipe = {"images": [OTTO / "01.png"], "instance_prompt": "x", "max_train_steps": 2}
+        training = list(red.train("otto", **recipe))[-1].training
+        assert [adapter.name for adapter in red.list_adapters()] == ["guest", "otto"]
+        assert [adapter.name for adapter in blue.list_adapters()] == []
+        calls: tuple[Callable[[str], object], ...] = (
+            blue.get_adapter,
+            lambda name: blue.generate("x", adapters=name),
+            blue.delete_adapter,
+            blue.get_training,
+            lambda name: next(blue.watch_training(name)),
+        )
+        for call in calls:
+            refusals = []
+            for name in ("otto", "nine"):
+                with pytest.raises(NotFoundError) as caught:
+                    call(name)
+                refusals.append(str(caught.value).replace(name, "NAME"))
+            assert refusals[0] == refusals[1]
+        with pytest.raises(NotFoundError):
+            blue.get_training(training)
+        red.delete_adapter("guest")
+        red.delete_adapter("otto")
 
 
 def test_an_upload_without_a_token_is_refused(guarded: Guarded, tmp_path: Path) -> None:

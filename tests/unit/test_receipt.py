@@ -32,3 +32,8 @@ def test_a_fast_picture_names_the_bucket_it_was_painted_in() -> None:
 def test_a_strict_one_names_its_own() -> None:
     job = generation("g", mode=Mode.STRICT, bucket=8)
     assert receipt(job, BASE, seed=4, num_images=1, bucket=0).batch_bucket == 8
+
+
+def test_an_adapter_is_named_as_its_tenant_names_it() -> None:
+    made = receipt(generation("g", adapters=(use("red/otto", 750),)), BASE, seed=4, num_images=1, bucket=4)
+    assert made.adapters[0].name == "otto"

@@ -22,7 +22,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.pool import StaticPool
 
 from atelier_server.core import State
-from atelier_server.errors import AtelierError, RequestIdReused, StorageFull
+from atelier_server.errors import RequestIdReused, StorageFull
 from atelier_server.jobs.records import (
     LoggedEvent,
     Payload,
@@ -33,54 +33,10 @@ from atelier_server.jobs.records import (
     load_pictures,
     load_recipe,
 )
+from atelier_server.jobs.schema import bring_up_to_date, events, train_steps, trainings
 
-SCHEMA_VERSION = 1
 P = ParamSpec("P")
 T = TypeVar("T")
-
-_schema = sa.MetaData()
-_trainings = sa.Table(
-    "trainings",
-    _schema,
-    sa.Column("number", sa.Integer, primary_key=True),
-    sa.Column("id", sa.String, nullable=False, unique=True),
-    sa.Column("request_id", sa.String, unique=True),  # NULL where the client gave none
-    sa.Column("recipe_hash", sa.String, nullable=False),
-    sa.Column("images_hash", sa.String, nullable=False),
-    sa.Column("adapter", sa.String, nullable=False, index=True),
-    sa.Column("version", sa.Integer, nullable=False),
-    sa.Column("new_version", sa.Boolean, nullable=False),
-    sa.Column("recipe", sa.Text, nullable=False),
-    sa.Column("images", sa.Text, nullable=False),
-    sa.Column("create_time", sa.Float, nullable=False),
-    sa.Column("state", sa.String, nullable=False),
-    sa.Column("step", sa.Integer, nullable=False),
-    sa.Column("loss", sa.Float),  # NULL is NaN: SQLite has no other
-    sa.Column("last_seq", sa.Integer, nullable=False),
-    sa.Column("crash_step", sa.Integer, nullable=False),
-    sa.Column("crash_count", sa.Integer, nullable=False),
-    sa.Column("interruption", sa.String, nullable=False),
-    sa.Column("cancel_requested", sa.Boolean, nullable=False),
-    sa.Column("end_time", sa.Float),
-    sa.Column("reason", sa.String, nullable=False),
-    sa.Column("message", sa.String, nullable=False),
-    sa.Column("metadata", sa.JSON, nullable=False),
-    # A number is never given twice: page tokens and "the latest training" depend on it.
-    sqlite_autoincrement=True,
-)
-_events = sa.Table(
-    "events",
-    _schema,
-    sa.Column("training", sa.String, primary_key=True),
-    sa.Column("seq", sa.Integer, primary_key=True),
-    sa.Column("time", sa.Float, nullable=False),
-    sa.Column("kind", sa.String, nullable=False),
-    sa.Column("payload", sa.Text, nullable=False),
-)
-
-
-class BookTooNew(AtelierError):
-    """The file was written by a later version of the server."""
 
 
 class Book:
@@ -103,12 +59,8 @@ class Book:
             connection.exec_driver_sql("PRAGMA journal_mode=WAL")
             # FULL: what was accepted survives a power cut, not only a crash.
             connection.exec_driver_sql("PRAGMA synchronous=FULL")
-            found = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-            if found > SCHEMA_VERSION:
-                raise BookTooNew(f"{path} has schema {found}; this server knows {SCHEMA_VERSION}")
-            _schema.create_all(connection)
-            connection.exec_driver_sql(f"PRAGMA user_version={SCHEMA_VERSION}")
             connection.commit()
+            bring_up_to_date(connection, path)
 
     async def do(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Runs one of the methods below on the book's thread. Raises StorageFull."""
@@ -126,13 +78,21 @@ class Book:
 
     # ----------------------------------------------------------------------------------------- writing
     def insert(self, record: TrainingRecord, accepted: Payload) -> TrainingRecord:
-        """Writes a new training down with its first event. Raises RequestIdReused if the id is taken."""
+        """Writes a new training down with its first event, and counts its steps.
+
+        Raises RequestIdReused if the id is taken.
+        """
         values = {item.name: getattr(record, item.name) for item in fields(record) if item.name != "number"}
         values |= _columns(record)
         try:
             with self._engine.begin() as connection:
-                connection.execute(_trainings.insert().values(**values))
+                connection.execute(trainings.insert().values(**values))
                 self._append(connection, record.id, accepted, {})
+                connection.execute(
+                    train_steps.insert().values(
+                        tenant=values["tenant"], time=record.create_time, steps=record.recipe.max_train_steps
+                    )
+                )
         except IntegrityError as error:
             raise RequestIdReused(
                 "another training has this request_id or id", name=record.request_id
@@ -146,63 +106,79 @@ class Book:
 
     def update(self, training: str, **changes: Any) -> None:
         with self._engine.begin() as connection:
-            connection.execute(_trainings.update().where(_trainings.c.id == training).values(**changes))
+            connection.execute(trainings.update().where(trainings.c.id == training).values(**changes))
 
     def delete(self, training: str) -> None:
         with self._engine.begin() as connection:
-            connection.execute(_events.delete().where(_events.c.training == training))
-            connection.execute(_trainings.delete().where(_trainings.c.id == training))
+            connection.execute(events.delete().where(events.c.training == training))
+            connection.execute(trainings.delete().where(trainings.c.id == training))
 
     def interrupt_running(self, reason: str) -> None:
         """After a start of the server: what was running is queued, to be announced as restarted."""
         with self._engine.begin() as connection:
             connection.execute(
-                _trainings.update()
-                .where(_trainings.c.state == State.RUNNING)
+                trainings.update()
+                .where(trainings.c.state == State.RUNNING)
                 .values(state=State.QUEUED, interruption=reason)
             )
 
     def _append(
         self, connection: sa.Connection, training: str, payload: Payload, changes: dict[str, Any]
     ) -> int:
-        query = sa.select(_trainings.c.last_seq).where(_trainings.c.id == training)
+        query = sa.select(trainings.c.last_seq).where(trainings.c.id == training)
         seq = int(connection.execute(query).scalar_one()) + 1
         connection.execute(
-            _events.insert().values(
+            events.insert().values(
                 training=training, seq=seq, time=time.time(), kind=kind_of(payload), payload=dump(payload)
             )
         )
         connection.execute(
-            _trainings.update().where(_trainings.c.id == training).values(last_seq=seq, **changes)
+            trainings.update().where(trainings.c.id == training).values(last_seq=seq, **changes)
         )
         return seq
 
     # ----------------------------------------------------------------------------------------- reading
     def training(self, training: str) -> TrainingRecord | None:
-        return self._one(_trainings.c.id == training)
+        return self._one(trainings.c.id == training)
 
     def latest(self, adapter: str) -> TrainingRecord | None:
         """The newest training of that adapter."""
-        return self._one(_trainings.c.adapter == adapter)
+        return self._one(trainings.c.adapter == adapter)
 
     def requested(self, request_id: str) -> TrainingRecord | None:
-        return self._one(_trainings.c.request_id == request_id) if request_id else None
+        return self._one(trainings.c.request_id == request_id) if request_id else None
 
     def unfinished(self) -> list[TrainingRecord]:
         """Oldest first."""
         states = [state for state in State if not state.ended]
-        return self._all(sa.select(_trainings).where(_trainings.c.state.in_(states)).order_by("number"))
+        return self._all(sa.select(trainings).where(trainings.c.state.in_(states)).order_by("number"))
 
-    def page(self, before: int | None, size: int) -> list[TrainingRecord]:
-        """Newest first, at most `size`, with numbers below `before`."""
-        query = sa.select(_trainings).order_by(_trainings.c.number.desc()).limit(size)
-        return self._all(query if before is None else query.where(_trainings.c.number < before))
+    def steps_since(self, tenant: str, time: float) -> list[tuple[float, int]]:
+        """When a tenant asked for how many steps, after `time`, oldest first; older ones are forgotten."""
+        with self._engine.begin() as connection:
+            connection.execute(train_steps.delete().where(train_steps.c.time <= time))
+            query = (
+                sa.select(train_steps.c.time, train_steps.c.steps)
+                .where(train_steps.c.tenant == tenant)
+                .order_by(train_steps.c.time)
+            )
+            return [(float(when), int(steps)) for when, steps in connection.execute(query)]
+
+    def page(self, tenant: str, before: int | None, size: int) -> list[TrainingRecord]:
+        """A tenant's, newest first, at most `size`, with numbers below `before`."""
+        query = (
+            sa.select(trainings)
+            .where(trainings.c.tenant == tenant)
+            .order_by(trainings.c.number.desc())
+            .limit(size)
+        )
+        return self._all(query if before is None else query.where(trainings.c.number < before))
 
     def events(self, training: str, after_seq: int, limit: int) -> list[LoggedEvent]:
         query = (
-            sa.select(_events)
-            .where(_events.c.training == training, _events.c.seq > after_seq)
-            .order_by(_events.c.seq)
+            sa.select(events)
+            .where(events.c.training == training, events.c.seq > after_seq)
+            .order_by(events.c.seq)
             .limit(limit)
         )
         with self._engine.connect() as connection:
@@ -210,22 +186,20 @@ class Book:
 
     def events_of(self, training: str, *kinds: str) -> list[LoggedEvent]:
         query = (
-            sa.select(_events)
-            .where(_events.c.training == training, _events.c.kind.in_(kinds))
-            .order_by(_events.c.seq)
+            sa.select(events)
+            .where(events.c.training == training, events.c.kind.in_(kinds))
+            .order_by(events.c.seq)
         )
         with self._engine.connect() as connection:
             return [_event(row) for row in connection.execute(query)]
 
     def count_states(self) -> dict[State, int]:
-        query = sa.select(_trainings.c.state, sa.func.count()).group_by(_trainings.c.state)
+        query = sa.select(trainings.c.state, sa.func.count()).group_by(trainings.c.state)
         with self._engine.connect() as connection:
             return {State(state): int(count) for state, count in connection.execute(query)}
 
     def _one(self, condition: sa.ColumnElement[bool]) -> TrainingRecord | None:
-        found = self._all(
-            sa.select(_trainings).where(condition).order_by(_trainings.c.number.desc()).limit(1)
-        )
+        found = self._all(sa.select(trainings).where(condition).order_by(trainings.c.number.desc()).limit(1))
         return found[0] if found else None
 
     def _all(self, query: sa.Select[Any]) -> list[TrainingRecord]:
@@ -246,11 +220,13 @@ def _columns(record: TrainingRecord) -> dict[str, Any]:
         "images": dump(record.images),
         "metadata": dict(record.metadata),
         "last_seq": 0,
+        "tenant": record.adapter.rpartition("/")[0],
     }
 
 
 def _record(row: sa.Row[Any]) -> TrainingRecord:
     values = dict(row._mapping)
+    del values["tenant"]  # told by the adapter's name
     values["request_id"] = values["request_id"] or ""
     values["state"] = State(values["state"])
     values["loss"] = float("nan") if values["loss"] is None else values["loss"]

@@ -28,6 +28,7 @@ class Generation:
         admitted_at: float,
         order: int,
         *,
+        tenant: str,
         origin: Origin = NOWHERE,
     ) -> None:
         self.job = job
@@ -35,6 +36,7 @@ class Generation:
         self.body_hash = body_hash
         self.admitted_at = admitted_at
         self.order = order
+        self.tenant = tenant
         self.origin = origin
         self.submitted = False
         self.begun = False

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from itertools import count
 
 from atelier_server import origin
+from atelier_server.access.tenants import Tenant
 from atelier_server.core import GenerationJob
 from atelier_server.errors import Cancelled, QueueFull, RequestIdReused, ServerDraining, WorkerLost
 from atelier_server.jobs.generation import Generation, Reader
+from atelier_server.jobs.quotas import check_images
 from atelier_server.messages import (
     Cancel,
     Command,
@@ -78,16 +80,27 @@ class Generations:
             raise RequestIdReused("another request had this request_id", name=request_id)
         return Reader(known, self._reader_gone)
 
-    def admit(self, job: GenerationJob, request_id: str, body_hash: str) -> Reader:
-        """Queues a job, or joins the one that came in between. Raises QueueFull, ServerDraining."""
+    def admit(self, job: GenerationJob, request_id: str, body_hash: str, tenant: Tenant) -> Reader:
+        """Queues a job, or joins the one that came in between.
+
+        Raises QueueFull, QuotaExceeded, ServerDraining.
+        """
         if (reader := self.join(request_id, body_hash)) is not None:
             return reader
         if self.draining:
             raise ServerDraining("the server is going away")
         if len(self._live) >= self._limit:
             raise QueueFull(f"{self._limit} generations are waiting or running")
+        held = sum(g.job.num_images for g in self._live.values() if g.tenant == tenant.name)
+        check_images(tenant, held, job.num_images)
         generation = Generation(
-            job, request_id, body_hash, self._clock(), next(self._order), origin=origin.current()
+            job,
+            request_id,
+            body_hash,
+            self._clock(),
+            next(self._order),
+            tenant=tenant.name,
+            origin=origin.current(),
         )
         self._live[job.id] = generation
         if request_id:

@@ -96,6 +96,10 @@ class TrainingRuns:
     def count(self) -> int:
         return len(self._runs)
 
+    def count_of(self, owns: Callable[[str], bool]) -> int:
+        """How many unfinished trainings write adapters whose names `owns` says are its own."""
+        return sum(owns(run.adapter) for run in self._runs.values())
+
     # ------------------------------------------------------------------------------------------- inputs
     def handle(self, event: TrainingEvent) -> None:
         """An event of the worker."""

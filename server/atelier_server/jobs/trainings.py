@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import TypeVar
 
 from atelier_server import origin
+from atelier_server.access.tenants import Scope, Tenant
 from atelier_server.adapters.store import AdapterStore
 from atelier_server.core import BaseInfo, Recipe, State
 from atelier_server.errors import (
@@ -24,6 +25,13 @@ from atelier_server.errors import (
     TrainingEnded,
     TrainingNotEnded,
     TrainingNotFound,
+)
+from atelier_server.jobs.quotas import (
+    DAY_SECONDS,
+    check_steps,
+    check_stored,
+    check_trainings,
+    stored_bytes,
 )
 from atelier_server.jobs.records import Accepted, LoggedEvent, TrainingDraft, TrainingRecord
 from atelier_server.jobs.training_log import TrainingLog
@@ -58,10 +66,10 @@ class Trainings:
         self.draining = False
 
     # ------------------------------------------------------------------------------------------- create
-    async def check(self, draft: TrainingDraft) -> TrainingRecord | None:
+    async def check(self, draft: TrainingDraft, tenant: Tenant) -> TrainingRecord | None:
         """Before the pictures are read: the training that this request_id already has, if any.
 
-        Raises RequestIdReused, AdapterExists, QueueFull, ServerDraining.
+        Raises RequestIdReused, AdapterExists, QueueFull, QuotaExceeded, ServerDraining.
         """
         known = await self._book.do(self._book.requested, draft.request_id)
         if known is not None:
@@ -74,24 +82,43 @@ class Trainings:
             raise QueueFull(f"{self._limit} trainings are waiting or running")
         if not draft.new_version and await asyncio.to_thread(self.taken, draft.name):
             raise AdapterExists(f"adapter {draft.name!r} exists; set new_version to go on", name=draft.name)
+        await self._check_quotas(tenant, draft.recipe.max_train_steps)
         return None
+
+    async def _check_quotas(self, tenant: Tenant, steps: int) -> None:
+        """Raises QuotaExceeded."""
+        scope, now = tenant.scope, time.time()
+        check_trainings(tenant, self._runs.count_of(scope.owns))
+        if tenant.quotas.max_train_steps_per_day is not None:
+            asked = await self._book.do(self._book.steps_since, scope.tenant, now - DAY_SECONDS)
+            check_steps(tenant, asked, steps, now)
+        if tenant.quotas.max_stored_bytes is not None:
+            held = await asyncio.to_thread(stored_bytes, self._store, scope)
+            check_stored(tenant, held, 1)
 
     def same_pictures(self, known: TrainingRecord, upload: PictureUpload) -> None:
         """A repeat that sends its pictures must send the same. Raises RequestIdReused."""
         if upload.pictures and upload.images_hash != known.images_hash:
             raise _reused(known.request_id)
 
-    async def accept(self, draft: TrainingDraft, upload: PictureUpload, base: BaseInfo) -> TrainingRecord:
+    async def accept(
+        self, draft: TrainingDraft, upload: PictureUpload, base: BaseInfo, tenant: Tenant
+    ) -> TrainingRecord:
         """Writes the training down; from here on it survives anything. Its pictures are moved to it."""
         # Shielded: a client that leaves now has a whole training or none, and nothing half made.
         came_from = origin.current()
-        return await self.in_turn(lambda: self._accept(draft, upload, base, came_from))
+        return await self.in_turn(lambda: self._accept(draft, upload, base, tenant, came_from))
 
     async def _accept(
-        self, draft: TrainingDraft, upload: PictureUpload, base: BaseInfo, came_from: Origin
+        self,
+        draft: TrainingDraft,
+        upload: PictureUpload,
+        base: BaseInfo,
+        tenant: Tenant,
+        came_from: Origin,
     ) -> TrainingRecord:
         # The same request may have come twice at once: the first to get here wins.
-        if (known := await self.check(draft)) is not None:
+        if (known := await self.check(draft, tenant)) is not None:
             self.same_pictures(known, upload)
             return known
         training = await self._free_id(draft.name)
@@ -152,9 +179,9 @@ class Trainings:
             raise TrainingNotFound(f"there is no training {name[:100]!r}", name=name[:100])
         return record
 
-    async def page(self, before: int | None, size: int) -> list[TrainingRecord]:
-        """Newest first, with numbers below `before`."""
-        return await self._book.do(self._book.page, before, size)
+    async def page(self, scope: Scope, before: int | None, size: int) -> list[TrainingRecord]:
+        """A tenant's, newest first, with numbers below `before`."""
+        return await self._book.do(self._book.page, scope.tenant, before, size)
 
     def watch(self, training: str, after_seq: int) -> AsyncGenerator[LoggedEvent, None]:
         """See TrainingLog.watch."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
+from atelier_server.access.tenants import Scope, Tenant
 from atelier_server.adapters.store import AdapterStore, AdapterVersion
 from atelier_server.core import AdapterRef, AdapterUse, CheckpointId
 from atelier_server.errors import AdapterExists, AdapterInUse, AdapterNotFound, WorkerLost
 from atelier_server.jobs.calls import Calls
 from atelier_server.jobs.generations import Generations
+from atelier_server.jobs.quotas import check_stored, stored_bytes
 from atelier_server.jobs.training_runs import count_checkpoints
 from atelier_server.jobs.trainings import Trainings
 from atelier_server.jobs.uploads import Uploads
@@ -47,6 +50,7 @@ class Wardrobe:
         self._generations = generations
         self._trainings = trainings
         self._metrics = metrics
+        self._reserved: Counter[str] = Counter()
         self.uploads = uploads
         self.resident = resident
 
@@ -61,10 +65,13 @@ class Wardrobe:
         return await asyncio.to_thread(self._store.version, use.checkpoint.name, use.checkpoint.version)
 
     async def page(
-        self, after: tuple[str, int] | None, size: int, *, all_versions: bool
+        self, scope: Scope, after: tuple[str, int] | None, size: int, *, all_versions: bool
     ) -> list[AdapterVersion]:
-        """By name and version, those with a checkpoint; the newest of each adapter unless `all_versions`."""
-        versions = [v for v in await asyncio.to_thread(self._store.versions) if v.checkpoints]
+        """A tenant's, by name and version, those with a checkpoint; the newest of each adapter unless
+        `all_versions`.
+        """
+        found = await asyncio.to_thread(self._store.versions)
+        versions = [v for v in found if v.checkpoints and scope.owns(v.meta.name)]
         if not all_versions:
             versions = list({v.meta.name: v for v in versions}.values())
         return [v for v in versions if after is None or (v.meta.name, v.meta.version) > after][:size]
@@ -108,6 +115,20 @@ class Wardrobe:
                 await self._calls.call(lambda call: UnloadAdapter(call, checkpoints), AdaptersUnloaded)
 
     # -------------------------------------------------------------------------------------------- files
+    @asynccontextmanager
+    async def space(self, tenant: Tenant, size_bytes: int) -> AsyncIterator[None]:
+        """Sets bytes of a tenant's quota aside for a file that is being imported. Raises QuotaExceeded."""
+        if tenant.quotas.max_stored_bytes is None:
+            yield
+            return
+        held = await asyncio.to_thread(stored_bytes, self._store, tenant.scope)
+        check_stored(tenant, held + self._reserved[tenant.name], size_bytes)
+        self._reserved[tenant.name] += size_bytes
+        try:
+            yield
+        finally:
+            self._reserved[tenant.name] -= size_bytes
+
     async def check_name(self, name: str, *, new_version: bool) -> None:
         """Refuses an import early. Raises AdapterExists."""
         if not new_version and await asyncio.to_thread(self._trainings.taken, name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 from atelier.v1 import adapter_pb2 as pb
@@ -12,6 +13,7 @@ from atelier_server.config import Limits
 from atelier_server.core import AdapterRef
 from atelier_server.errors import InvalidRequest, Violation
 from atelier_server.jobs.wardrobe import Wardrobe
+from atelier_server.rpc import caller
 from atelier_server.rpc.codec import pages
 from atelier_server.rpc.codec.adapter import (
     decode_deletion,
@@ -39,7 +41,9 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         key = pages.page_key(checks, "adapters", request.page_token, (str, int))
         checks.done()
         after = (key[0], key[1]) if key else None
-        versions = await self._wardrobe.page(after, size + 1, all_versions=request.all_versions)
+        versions = await self._wardrobe.page(
+            caller.scope(), after, size + 1, all_versions=request.all_versions
+        )
         last = versions[size - 1].meta if len(versions) > size else None
         return pb.ListAdaptersResponse(
             adapters=[encode_adapter(version, self._wardrobe.resident()) for version in versions[:size]],
@@ -70,20 +74,20 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         self, request_iterator: AsyncIterator[pb.ImportAdapterRequest], context: Context
     ) -> pb.ImportAdapterResponse:
         path = self._wardrobe.uploads.file()
-        try:
+        async with AsyncExitStack() as stack:
+            stack.callback(path.unlink, missing_ok=True)
             async with heard_out(request_iterator):
                 first = await anext(aiter(request_iterator), None)
                 if first is None or first.WhichOneof("payload") != "metadata":
                     raise InvalidRequest.of([Violation("metadata", "must be the first message")])
                 metadata = first.metadata
-                decode_import(metadata, self._limits)
-                await self._wardrobe.check_name(metadata.name, new_version=metadata.new_version)
+                name = decode_import(metadata, self._limits)
+                await self._wardrobe.check_name(name, new_version=metadata.new_version)
+                await stack.enter_async_context(self._wardrobe.space(caller.tenant(), metadata.size_bytes))
                 await receive_file(request_iterator, metadata, path)
             version, answer = await self._wardrobe.adopt(
-                path, metadata.name, new_version=metadata.new_version, trigger=metadata.trigger
+                path, name, new_version=metadata.new_version, trigger=metadata.trigger
             )
-        finally:
-            path.unlink(missing_ok=True)
         return pb.ImportAdapterResponse(
             adapter=encode_adapter(version, self._wardrobe.resident()),
             detected_format=answer.detected_format,

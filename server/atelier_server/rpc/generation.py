@@ -12,6 +12,7 @@ from atelier_server.errors import DeadlineTooShort
 from atelier_server.jobs.dispatch import WorkerStatus
 from atelier_server.jobs.generations import Generations
 from atelier_server.jobs.wardrobe import Wardrobe
+from atelier_server.rpc import caller
 from atelier_server.rpc.codec.generated import encode_event
 from atelier_server.rpc.codec.generation import decode_generate
 from atelier_server.rpc.codec.init_image import pictures_of
@@ -39,10 +40,10 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         reader = self._generations.join(draft.request_id, draft.body_hash)
         if reader is None:
             adapters = await self._wardrobe.resolve(draft.refs)
-            job = replace(draft.job, adapters=adapters, client=_host(context.peer()))
+            job = replace(draft.job, adapters=adapters, client=_client(context))
             self._status.check_memory(job)
             _check_deadline(context.time_remaining(), self._status.least_seconds(job))
-            reader = self._generations.admit(job, draft.request_id, draft.body_hash)
+            reader = self._generations.admit(job, draft.request_id, draft.body_hash, caller.tenant())
         # Both: a stream that is dropped between two messages is noticed only by the callback.
         on_end(context, reader.close)
         try:
@@ -53,9 +54,12 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             reader.close()
 
 
-def _host(peer: str) -> str:
-    """ipv4:192.0.2.1:50123 without the port: a client's connections are one client."""
-    return peer.rpartition(":")[0]
+def _client(context: Context) -> str:
+    """Who shares the device fairly with others: a tenant, or the host of a connection where there are none.
+
+    ipv4:192.0.2.1:50123 without the port: a host's connections are one client.
+    """
+    return caller.scope().tenant or context.peer().rpartition(":")[0]
 
 
 def _check_deadline(remaining: float | None, least: float) -> None:

@@ -19,7 +19,7 @@ from atelier_server import origin
 from atelier_server.access.identity import Identity
 from atelier_server.errors import AtelierError, InvalidRequest
 from atelier_server.metrics import Metrics
-from atelier_server.rpc import caller, status
+from atelier_server.rpc import caller, outward, status
 from atelier_server.traces import Tracer
 
 REQUEST_ID = "x-request-id"
@@ -53,13 +53,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def unary(request: Any, context: Context) -> Any:
             async with _Call(method, context, self._metrics, self._tracer):
                 await caller.identify(self._identity, context)
-                return await inner(request, context)
+                answer = await inner(request, context)
+                outward.strip(answer, caller.scope())
+                return answer
 
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
             async with _Call(method, context, self._metrics, self._tracer):
                 await caller.identify(self._identity, context)
                 async with aclosing(inner(request, context)) as answers:
                     async for answer in answers:
+                        outward.strip(answer, caller.scope())
                         yield answer
 
         build: Callable[..., Any] = _BUILDERS[
@@ -131,7 +134,7 @@ class _Call:
         else:
             refusal = status.known(error, f"{self._method} ({REQUEST_ID} {self._id})")
             self._ended(refusal.status, refusal)
-            message, metadata = status.trailers(refusal)
+            message, metadata = status.trailers(refusal, caller.scope())
             await self._context.abort(status.code_of(refusal), message, (*metadata, (REQUEST_ID, self._id)))
 
     def _ended(self, code: str, refusal: AtelierError | None = None) -> None:

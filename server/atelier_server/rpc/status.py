@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -10,16 +11,19 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
+from atelier_server.access.tenants import Scope
 from atelier_server.errors import (
     AlreadyExists,
     AtelierError,
     InvalidRequest,
     NotFound,
+    QuotaExceeded,
     ResourceExhausted,
     StorageFull,
     Violation,
 )
 from atelier_server.jobs.book import storage_full
+from atelier_server.rpc import outward
 
 DOMAIN = "atelier"
 _log = logging.getLogger(__name__)
@@ -43,11 +47,14 @@ def code_of(error: AtelierError) -> grpc.StatusCode:
     return grpc.StatusCode[error.status]
 
 
-def trailers(error: AtelierError) -> tuple[str, tuple[tuple[str, str | bytes], ...]]:
-    """The message and the trailing metadata that carry the details."""
-    message = _short(error.message, _MESSAGE_CHARACTERS)
+def trailers(error: AtelierError, scope: Scope) -> tuple[str, tuple[tuple[str, str | bytes], ...]]:
+    """The message and the trailing metadata that carry the details, as that scope reads them."""
+    message = _short(scope.leave(error.message), _MESSAGE_CHARACTERS)
+    details = _details(error)
+    for detail in details:
+        outward.strip(detail, scope)
     status = status_pb2.Status(
-        code=code_of(error).value[0], message=message, details=[_any(d) for d in _details(error)]
+        code=code_of(error).value[0], message=message, details=[_any(detail) for detail in details]
     )
     return message, tuple(rpc_status.to_status(status).trailing_metadata)
 
@@ -58,7 +65,7 @@ def _details(error: AtelierError) -> list[Message]:
         error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)
     ]
     if error.retry_after_seconds is not None:
-        delay = duration_pb2.Duration(nanos=0, seconds=int(error.retry_after_seconds))
+        delay = duration_pb2.Duration(seconds=math.ceil(error.retry_after_seconds))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     if isinstance(error, NotFound | AlreadyExists) and error.resource_type:
         details.append(
@@ -69,8 +76,9 @@ def _details(error: AtelierError) -> list[Message]:
             )
         )
     if isinstance(error, ResourceExhausted):
+        subject = f"tenant:{error.tenant}" if isinstance(error, QuotaExceeded) else error.reason
         violation = error_details_pb2.QuotaFailure.Violation(
-            subject=error.reason, description=_short(error.message, 200)
+            subject=subject, description=_short(error.message, 200)
         )
         details.append(error_details_pb2.QuotaFailure(violations=[violation]))
     if isinstance(error, InvalidRequest) and error.violations:

@@ -15,9 +15,10 @@ from atelier_server.jobs.dispatch import WorkerStatus
 from atelier_server.jobs.records import Sampled, TrainingDraft, TrainingRecord
 from atelier_server.jobs.trainings import Trainings
 from atelier_server.jobs.uploads import Uploads
+from atelier_server.rpc import caller
 from atelier_server.rpc.codec import pages
 from atelier_server.rpc.codec.checks import Checks
-from atelier_server.rpc.codec.training import decode_start, encode_event, encode_training
+from atelier_server.rpc.codec.training import decode_start, decode_training, encode_event, encode_training
 from atelier_server.rpc.interceptors import Context, on_end
 from atelier_server.rpc.pictures import PictureCheck
 from atelier_server.rpc.receive import PictureReader, heard_out
@@ -54,13 +55,15 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
     ) -> AsyncIterator[pb.WatchTrainingResponse]:
         if request.after_seq < 0:
             raise InvalidRequest.of([Violation("after_seq", f"{request.after_seq} is negative")])
-        record = await self._trainings.find(request.training)
+        record = await self._trainings.find(decode_training(request.training))
         async with aclosing(self._events(record.id, request.after_seq)) as events:
             async for event in events:
                 yield pb.WatchTrainingResponse(event=event)
 
     async def GetTraining(self, request: pb.GetTrainingRequest, context: Context) -> pb.GetTrainingResponse:
-        return pb.GetTrainingResponse(training=encode_training(await self._trainings.find(request.training)))
+        return pb.GetTrainingResponse(
+            training=encode_training(await self._trainings.find(decode_training(request.training)))
+        )
 
     async def ListTrainings(
         self, request: pb.ListTrainingsRequest, context: Context
@@ -69,7 +72,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         size = pages.page_size(checks, request.page_size)
         key = pages.page_key(checks, "trainings", request.page_token, (int,))
         checks.done()
-        records = await self._trainings.page(key[0] if key else None, size + 1)
+        records = await self._trainings.page(caller.scope(), key[0] if key else None, size + 1)
         more = len(records) > size
         return pb.ListTrainingsResponse(
             trainings=[encode_training(record) for record in records[:size]],
@@ -79,19 +82,19 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
     async def CancelTraining(
         self, request: pb.CancelTrainingRequest, context: Context
     ) -> pb.CancelTrainingResponse:
-        record = await self._trainings.cancel(request.training)
+        record = await self._trainings.cancel(decode_training(request.training))
         return pb.CancelTrainingResponse(training=encode_training(record))
 
     async def ResumeTraining(
         self, request: pb.ResumeTrainingRequest, context: Context
     ) -> pb.ResumeTrainingResponse:
-        record = await self._trainings.resume(request.training)
+        record = await self._trainings.resume(decode_training(request.training))
         return pb.ResumeTrainingResponse(training=encode_training(record))
 
     async def DeleteTraining(
         self, request: pb.DeleteTrainingRequest, context: Context
     ) -> pb.DeleteTrainingResponse:
-        await self._trainings.delete(request.training)
+        await self._trainings.delete(decode_training(request.training))
         return pb.DeleteTrainingResponse()
 
     async def _start(self, stream: AsyncIterator[pb.TrainRequest]) -> pb.TrainRequest.Start:
@@ -102,7 +105,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
 
     async def _receive(self, draft: TrainingDraft, stream: AsyncIterator[pb.TrainRequest]) -> TrainingRecord:
         """The training that this request makes, or has made already."""
-        known = await self._trainings.check(draft)
+        known = await self._trainings.check(draft, caller.tenant())
         upload = self._uploads.pictures()
         reader = PictureReader(upload, draft.num_images, self._limits, self._pictures)
         try:
@@ -110,7 +113,8 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
             if known is not None:
                 self._trainings.same_pictures(known, upload)
                 return known
-            return await self._trainings.accept(draft, upload, self._status.known_base())
+            base = self._status.known_base()
+            return await self._trainings.accept(draft, upload, base, caller.tenant())
         finally:
             await upload.discard()
 

@@ -11,7 +11,7 @@ import pytest
 
 from atelier_server.core import Recipe, State
 from atelier_server.errors import RequestIdReused
-from atelier_server.jobs.book import SCHEMA_VERSION, Book, BookTooNew
+from atelier_server.jobs.book import Book
 from atelier_server.jobs.records import (
     Accepted,
     Checkpointed,
@@ -24,6 +24,7 @@ from atelier_server.jobs.records import (
     TrainingRecord,
     Warned,
 )
+from atelier_server.jobs.schema import VERSION, BookTooNew
 
 ACCEPTED = Accepted("otto", 1, 2.5, 10**10)
 PAYLOADS: list[Payload] = [
@@ -87,8 +88,8 @@ def test_request_ids_are_unique_and_may_be_missing(book: Book) -> None:
 def test_pages_counts_and_deletion(book: Book) -> None:
     for i in range(5):
         book.insert(record(f"otto-{i}", ""), ACCEPTED)
-    assert [r.id for r in book.page(None, 2)] == ["otto-4", "otto-3"]
-    assert [r.id for r in book.page(4, 10)] == ["otto-2", "otto-1", "otto-0"]
+    assert [r.id for r in book.page("", None, 2)] == ["otto-4", "otto-3"]
+    assert [r.id for r in book.page("", 4, 10)] == ["otto-2", "otto-1", "otto-0"]
     book.update("otto-1", state=State.RUNNING)
     book.update("otto-2", state=State.SUCCEEDED)
     assert book.count_states() == {State.QUEUED: 3, State.RUNNING: 1, State.SUCCEEDED: 1}
@@ -114,7 +115,7 @@ def test_it_survives_and_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     assert book.training("otto-0001")
     book.close()
     connection = sqlite3.connect(path)
-    connection.execute(f"PRAGMA user_version={SCHEMA_VERSION + 1}")
+    connection.execute(f"PRAGMA user_version={VERSION + 1}")
     connection.close()
     with pytest.raises(BookTooNew):
         Book(path)

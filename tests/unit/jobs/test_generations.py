@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from atelier_server.access.tenants import Tenant
+from atelier_server.config import Quotas
 from atelier_server.core import GenerationJob, Mode
-from atelier_server.errors import RequestIdReused, ServerDraining, WorkerLost
+from atelier_server.errors import QuotaExceeded, RequestIdReused, ServerDraining, WorkerLost
 from atelier_server.jobs.generation import Reader
 from atelier_server.jobs.generations import Generations
 from atelier_server.messages import (
@@ -29,13 +31,14 @@ class Front:
     def __init__(self, **options: int) -> None:
         self.sent: list[Command] = []
         self.now = 0.0
+        self.tenant = Tenant()
         self.generations = Generations(
             self.sent.append, Metrics(), limit=9, clock=lambda: self.now, **options
         )
         self.generations.worker_ready()
 
     def admit(self, name: str, request_id: str = "") -> Reader:
-        return self.generations.admit(replace(JOB, id=name), request_id, "hash")
+        return self.generations.admit(replace(JOB, id=name), request_id, "hash", self.tenant)
 
     def submitted(self) -> list[str]:
         found = [c.job.id for c in self.sent if isinstance(c, Submit)]
@@ -133,3 +136,17 @@ async def test_a_drain_ends_what_no_worker_has() -> None:
         await drain(reader)
     with pytest.raises(ServerDraining):
         front.admit("b")
+
+
+def test_a_tenants_pictures_are_bounded_and_anothers_are_not() -> None:
+    front = Front()
+    front.tenant = Tenant("red", Quotas(max_images=5))
+    front.admit("a")
+    front.admit("b")
+    with pytest.raises(QuotaExceeded, match=r"may have 5 images .* has 4") as caught:
+        front.admit("c")
+    assert caught.value.retry_after_seconds
+    front.finish("a")
+    front.admit("c")
+    front.tenant = Tenant("blue", Quotas(max_images=2))
+    front.admit("d")

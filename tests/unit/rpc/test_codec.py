@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atelier.v1 import generation_pb2, training_pb2
+from atelier_server.access.tenants import Scope
 from atelier_server.config import Limits
 from atelier_server.core import ROW_BUCKETS, SCHEDULERS, BaseInfo, Mode
 from atelier_server.errors import InvalidRequest, Violation
@@ -181,6 +182,6 @@ def test_any_page_token_is_a_key_or_refused(token: str) -> None:
 @given(st.integers(1, 500), st.integers(0, 3000))
 def test_details_stay_small(count: int, length: int) -> None:
     error = InvalidRequest.of([Violation("f" * 50, "ä" * length) for _ in range(count)])
-    message_text, trailers = status.trailers(error)
+    message_text, trailers = status.trailers(error, Scope())
     assert len(message_text) <= 400
     assert sum(len(value) for _, value in trailers) < 8192

@@ -11,6 +11,7 @@ from atelier_server.adapters.store import AdapterVersion
 from atelier_server.config import Limits
 from atelier_server.core import SCHEDULERS, AdapterRef, CheckpointId
 from atelier_server.jobs.dispatch import WorkerStatus
+from atelier_server.rpc import caller
 from atelier_server.rpc.codec.checks import Checks, shown
 from atelier_server.rpc.codec.times import timestamp
 
@@ -35,11 +36,11 @@ def decode_deletion(text: str) -> tuple[str, int | None]:
     checks = Checks()
     name, at, tag = text.partition("@")
     version = re.fullmatch(r"v([1-9][0-9]{0,8})", tag)
-    checks.name("adapter", name)
+    inside = checks.name("adapter", name)
     if at and not version:
         checks.refuse("adapter", f"{shown(text)} is neither NAME nor NAME@vN; a checkpoint is never deleted")
     checks.done()
-    return name, int(version[1]) if version else None
+    return inside, int(version[1]) if version else None
 
 
 def decode_export(request: pb.ExportAdapterRequest) -> tuple[AdapterRef, str]:
@@ -52,15 +53,16 @@ def decode_export(request: pb.ExportAdapterRequest) -> tuple[AdapterRef, str]:
     return ref or AdapterRef(""), _LAYOUTS[request.format]
 
 
-def decode_import(metadata: pb.ImportAdapterRequest.Metadata, limits: Limits) -> None:
-    """Raises InvalidRequest with every violation."""
+def decode_import(metadata: pb.ImportAdapterRequest.Metadata, limits: Limits) -> str:
+    """The adapter's name. Raises InvalidRequest with every violation."""
     checks = Checks()
-    checks.name("metadata.name", metadata.name)
+    name = checks.name("metadata.name", metadata.name)
     checks.integer("metadata.size_bytes", metadata.size_bytes, 1, limits.max_adapter_bytes)
     if not re.fullmatch(r"[0-9a-f]{64}", metadata.sha256):
         checks.refuse("metadata.sha256", f"{shown(metadata.sha256)} is not 64 lower-case hex digits")
     checks.text("metadata.trigger", metadata.trigger, limits.max_prompt_characters)
     checks.done()
+    return name
 
 
 def encode_adapter(version: AdapterVersion, resident: frozenset[CheckpointId]) -> pb.Adapter:
@@ -93,7 +95,8 @@ def encode_adapter(version: AdapterVersion, resident: frozenset[CheckpointId]) -
 
 
 def encode_info(status: WorkerStatus, limits: Limits) -> server_pb2.GetServerInfoResponse:
-    """What is known now; a base that is not known yet is absent."""
+    """What is known now; a base that is not known yet is absent. Others' adapters are counted, not named."""
+    scope = caller.scope()
     message = server_pb2.GetServerInfoResponse(
         ready=status.ready,
         message=status.message,
@@ -101,7 +104,9 @@ def encode_info(status: WorkerStatus, limits: Limits) -> server_pb2.GetServerInf
         slots=server_pb2.AdapterSlots(
             total=status.slots,
             used=len(status.resident()),
-            adapters=[str(checkpoint) for checkpoint in sorted(status.resident())],
+            adapters=[
+                str(checkpoint) for checkpoint in sorted(status.resident()) if scope.owns(checkpoint.name)
+            ],
         ),
         versions={"atelier": package_version("atelier")},
         worker_restarts=status.restarts,

@@ -6,19 +6,25 @@ import math
 import re
 import uuid
 from collections.abc import Collection
+from dataclasses import replace
 
 from atelier_server.adapters.reference import parse_reference
 from atelier_server.core import ADAPTER_NAME, AdapterRef
 from atelier_server.errors import InvalidRequest, Violation
+from atelier_server.rpc import caller
 
 _SHOWN = 80
 
 
 class Checks:
-    """Each method returns the value if it is right, else notes a violation and returns it all the same."""
+    """Each method returns the value if it is right, else notes a violation and returns it all the same.
+
+    Names, references and request ids come back as they are inside: with the caller's scope.
+    """
 
     def __init__(self) -> None:
         self.violations: list[Violation] = []
+        self._scope = caller.scope()
 
     def refuse(self, field: str, description: str) -> None:
         self.violations.append(Violation(field, description))
@@ -64,14 +70,14 @@ class Checks:
     def name(self, field: str, value: str) -> str:
         if not ADAPTER_NAME.fullmatch(value):
             self.refuse(field, f"{shown(value)} does not match {ADAPTER_NAME.pattern}")
-        return value
+        return self._scope.enter(value)
 
     def request_id(self, field: str, value: str) -> str:
         """Empty, or a UUID in its canonical form."""
         if not value:
             return value
         if re.fullmatch(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", value):
-            return str(uuid.UUID(value))
+            return self._scope.enter(str(uuid.UUID(value)))
         self.refuse(field, f"{shown(value)} is not a UUID such as {uuid.UUID(int=0)}")
         return value
 
@@ -88,7 +94,7 @@ class Checks:
             )
         if not math.isfinite(ref.weight):
             self.refuse(field, f"{shown(value)} has a weight that is not finite")
-        return ref
+        return replace(ref, name=self._scope.enter(ref.name))
 
 
 def shown(value: str) -> str:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from atelier.v1 import training_pb2 as pb
 from atelier_server.config import Limits
 from atelier_server.core import BaseInfo, Recipe, State
+from atelier_server.errors import TrainingNotFound
 from atelier_server.jobs.records import (
     Accepted,
     Checkpointed,
@@ -21,6 +22,7 @@ from atelier_server.jobs.records import (
     TrainingRecord,
     Warned,
 )
+from atelier_server.rpc import caller
 from atelier_server.rpc.codec.checks import Checks
 from atelier_server.rpc.codec.times import timestamp
 
@@ -75,7 +77,7 @@ def decode_start(start: pb.TrainRequest.Start, limits: Limits, base: BaseInfo) -
         instance_prompt=message.instance_prompt, validation_prompts=tuple(message.validation_prompts), **given
     )
     request_id = checks.request_id("start.request_id", start.request_id)
-    checks.name("recipe.name", message.name)
+    name = checks.name("recipe.name", message.name)
     checks.integer("recipe.num_images", message.num_images, 1, limits.max_train_images)
     _check_recipe(checks, recipe, limits)
     _check_optimizer(checks, recipe)
@@ -85,7 +87,7 @@ def decode_start(start: pb.TrainRequest.Start, limits: Limits, base: BaseInfo) -
     body = json.dumps([message.name, message.new_version, message.num_images, asdict(recipe)], sort_keys=True)
     return TrainingDraft(
         request_id=request_id,
-        name=message.name,
+        name=name,
         new_version=message.new_version,
         recipe=recipe,
         num_images=message.num_images,
@@ -127,6 +129,16 @@ def _check_optimizer(checks: Checks, recipe: Recipe) -> None:
     checks.number("recipe.max_grad_norm", recipe.max_grad_norm, 0.0, open_low=True)
     if recipe.snr_gamma is not None:
         checks.number("recipe.snr_gamma", recipe.snr_gamma, 0.0, _MAX_SNR_GAMMA, open_low=True)
+
+
+def decode_training(text: str) -> str:
+    """The id of a training, or an adapter's name, as it is inside. Raises TrainingNotFound.
+
+    What has a slash is none of anybody's names: it would reach into another scope.
+    """
+    if "/" in text:
+        raise TrainingNotFound(f"there is no training {text[:100]!r}", name=text[:100])
+    return caller.scope().enter(text)
 
 
 # ---------------------------------------------------------------------------------------------- answers
