@@ -10,6 +10,7 @@ from atelier_server.core import AdapterUse, GenerationJob, Mode
 from atelier_server.engine.loop import Loop, Message
 from atelier_server.engine.trainings import SampleDefaults
 from atelier_server.messages import Event, GenerationCompleted, ImageReady, JobFailed, Submit, WorkerSettings
+from atelier_server.report import ImportTerms
 from atelier_server.workers.runner import TorchRunner
 
 
@@ -43,7 +44,7 @@ class Desk:
         """Imports adapter files into the store."""
         uses = []
         for file in files:
-            checkpoint, _, _ = self.runner.import_adapter(str(file), file.stem, False, "")
+            checkpoint, _ = self.runner.import_adapter(str(file), file.stem, False, ImportTerms())
             record = self.runner.store.last_checkpoint(checkpoint.name, checkpoint.version)
             assert record is not None
             uses.append(AdapterUse(checkpoint, 1.0, record.path, record.sha256))

@@ -8,6 +8,26 @@ from atelier_server.core import AdapterUse, CheckpointId, GenerationJob, Mode, R
 from atelier_server.engine.runner import Decoded, Memory, Published, StepReport
 from atelier_server.engine.scheduler import ImageTask
 from atelier_server.errors import AdapterNotFound, OutOfMemory
+from atelier_server.report import AdapterReport, ImportTerms, TokenReport, UnmatchedPart
+
+REPORT = AdapterReport(
+    format="peft",
+    confidence=0.875,
+    software="OneTrainer",
+    family="sdxl",
+    evidence="its header says so",
+    base_family="sd1",
+    matched=("unet.a", "unet.b"),
+    unmatched=(UnmatchedPart("unet.c", "the base model has no such module"),),
+    coverage=0.75,
+    kinds=(("dora", 1), ("lora", 1)),
+    ranks=((4, 2),),
+    alphas=((0.5, 1), (8.0, 1)),
+    tokens=(TokenReport("<sks>", 2, ("text_encoder",)),),
+    triggers=("sks",),
+    metadata=(("ss_epoch", "3"),),
+    norms=(("unet.mid_block", 1.5),),
+)
 
 
 def use(name: str, step: int = 100, weight: float = 1.0) -> AdapterUse:
@@ -107,9 +127,9 @@ class FakeRunner:
         return FakeRun(job, self.log, self.broken)
 
     def import_adapter(
-        self, path: str, name: str, new_version: bool, trigger: str
-    ) -> tuple[CheckpointId, str, int]:
-        return CheckpointId(name, 2 if new_version else 1, 0), "peft", len(path + trigger)
+        self, path: str, name: str, new_version: bool, terms: ImportTerms
+    ) -> tuple[CheckpointId, AdapterReport]:
+        return CheckpointId(name, 2 if new_version else 1, 0), REPORT
 
     def export_adapter(self, use: AdapterUse, layout: str, path: str) -> tuple[int, str]:
         return len(path), layout

@@ -52,6 +52,7 @@ from atelier.events import (
 )
 from atelier.records import (
     Adapter,
+    AdapterReport,
     AdapterSlots,
     BaseModel,
     Checkpoint,
@@ -68,6 +69,7 @@ from atelier.records import (
 __all__ = [
     "AbortedError",
     "Adapter",
+    "AdapterReport",
     "AdapterSlots",
     "AlreadyExistsError",
     "AsyncClient",

@@ -13,7 +13,7 @@ import grpc
 from atelier import channel, codec, streams
 from atelier.errors import from_rpc
 from atelier.events import Completed, GenerationEvent, GenerationResult, TrainingEvent
-from atelier.fields import GenerateFields, RecipeFields
+from atelier.fields import GenerateFields, ImportFields, RecipeFields
 from atelier.records import (
     Adapter,
     ExportedAdapter,
@@ -212,10 +212,10 @@ class Client:
         self._call(self._adapters.DeleteAdapter, adapter_pb2.DeleteAdapterRequest(adapter=adapter))
 
     def import_adapter(
-        self, path: str | Path, name: str, *, new_version: bool = False, trigger: str = ""
+        self, source: str | Path, name: str, **values: Unpack[ImportFields]
     ) -> ImportedAdapter:
-        """Publishes a safetensors file (diffusers, PEFT or kohya layout) as an adapter."""
-        requests = codec.import_requests(path, name, new_version=new_version, trigger=trigger)
+        """Publishes another tool's adapter: a safetensors file, a folder, or a hub's "OWNER/NAME[/PATH]"."""
+        requests = codec.import_requests(source, name, values)
         try:
             return decode(ImportedAdapter, self._adapters.ImportAdapter(requests))
         except grpc.RpcError as error:

@@ -73,20 +73,25 @@ def train_requests(
 
 
 def import_requests(
-    path: str | Path, name: str, *, new_version: bool, trigger: str
+    source: str | Path, name: str, values: Mapping[str, object]
 ) -> Iterator[adapter_pb2.ImportAdapterRequest]:
-    """The whole upload of a safetensors file: what it is, then chunks of at most 1 MiB."""
-    source = Path(path)
-    size_bytes, sha256 = transfer.digest(
-        source
-    )  # outside the generator: a missing file is the caller's error
-    metadata = adapter_pb2.ImportAdapterRequest.Metadata(
-        name=name, size_bytes=size_bytes, sha256=sha256, new_version=new_version, trigger=trigger
-    )
+    """The whole import of a file, a folder or a hub repository: what it is, then chunks of at most 1 MiB."""
+    fields.check("import_adapter", values, fields.ImportFields.__annotations__)
+    # Outside the generator: a missing file is the caller's error.
+    upload = transfer.AdapterUpload.of(source)
+    metadata = adapter_pb2.ImportAdapterRequest.Metadata()
+    fill(metadata, {**values, "name": name})
+    if upload is None:
+        metadata.hub_id = str(source)
+    else:
+        metadata.size_bytes, metadata.sha256 = upload.size_bytes, upload.sha256
+        metadata.files.extend(
+            adapter_pb2.ImportAdapterRequest.File(name=file, size_bytes=size) for file, size in upload.names
+        )
 
     def requests() -> Iterator[adapter_pb2.ImportAdapterRequest]:
         yield adapter_pb2.ImportAdapterRequest(metadata=metadata)
-        for data in transfer.file_chunks(source):
+        for data in upload.chunks() if upload else ():
             yield adapter_pb2.ImportAdapterRequest(chunk=data)
 
     return requests()

@@ -51,6 +51,15 @@ class GenerateFields(TypedDict, total=False):
     mask_image: Annotated[PictureFile, "inpainting: white is painted anew, black stays"]
 
 
+class ImportFields(TypedDict, total=False):
+    """`ImportAdapterRequest.Metadata` but for the name and what is imported."""
+
+    new_version: Annotated[bool, "publish as the next version where the name exists already (default: no)"]
+    trigger: Annotated[str, "words that call the subject up (default: what the file's header names)"]
+    placeholder: Annotated[str, "the word for its learned token in prompts (default: the file's, or NAME)"]
+    allow_partial: Annotated[bool, "take what fits of a file that does not fit as a whole (default: no)"]
+
+
 class RecipeFields(TypedDict, total=False):
     """`TrainingRecipe` but for the name, the instance prompt and the number of pictures."""
 

@@ -24,6 +24,76 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class UnmatchedPart:
+    """Something in a file that the base takes no change from: its name there, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class KindCount:
+    """How many modules are of a kind: "lora", "locon", "dora", "loha", "lokr", "full", "norm"."""
+
+    kind: str
+    modules: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankCount:
+    rank: int
+    modules: int
+
+
+@dataclass(frozen=True, slots=True)
+class AlphaCount:
+    alpha: float
+    modules: int
+
+
+@dataclass(frozen=True, slots=True)
+class LearnedToken:
+    placeholder: str
+    vectors: int
+    encoders: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockNorm:
+    """How large the change of a block is (Frobenius)."""
+
+    block: str
+    norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterReport:
+    """What an import understood of a file; labels are the file's own, the modules alone decided if it fits.
+
+    `coverage`: what share of it fits; below 1 it was taken in part, and `unmatched` tells why. `probe`: how
+    far the U-Net's output moves, None where it was not measured.
+    """
+
+    format: str
+    confidence: float
+    software: str
+    family: str
+    evidence: str
+    base_family: str
+    matched: tuple[str, ...]
+    unmatched: tuple[UnmatchedPart, ...]
+    coverage: float
+    kinds: tuple[KindCount, ...]
+    ranks: tuple[RankCount, ...]
+    alphas: tuple[AlphaCount, ...]
+    tokens: tuple[LearnedToken, ...]
+    triggers: tuple[str, ...]
+    metadata: Mapping[str, str]
+    norms: tuple[BlockNorm, ...]
+    probe: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """One version of an adapter with its checkpoints in the order of their steps."""
 
@@ -39,6 +109,7 @@ class Adapter:
     base_sha256: str
     training: str
     create_time: datetime | None
+    report: AdapterReport | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +125,7 @@ class ImportedAdapter:
     adapter: Adapter
     detected_format: str
     matched_modules: int
+    report: AdapterReport | None = None
 
 
 @dataclass(frozen=True, slots=True)

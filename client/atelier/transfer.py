@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,6 +18,9 @@ from atelier.records import ExportedAdapter, TrainingImage
 from atelier.v1 import adapter_pb2, generation_pb2
 
 CHUNK_BYTES = 2**20
+# What the server may want of a folder: weights and PEFT's configurations, also a component's own.
+_FOLDER = ("*.safetensors", "adapter_config.json", "*/adapter_config.json", "*/adapter_model.safetensors")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/[^@]+)?(@[\w./-]+)?")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -31,10 +36,39 @@ def file_chunks(path: Path) -> Iterator[bytes]:
             yield data
 
 
-def digest(path: Path) -> tuple[int, str]:
-    """Size in bytes and lower-case hex SHA-256 of a file."""
-    with path.open("rb") as file:
-        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+@dataclass(frozen=True, slots=True)
+class AdapterUpload:
+    """An adapter's file, or the files of its folder one after another; `names` is empty for a single file."""
+
+    paths: tuple[Path, ...]
+    names: tuple[tuple[str, int], ...]
+    size_bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, source: str | Path) -> AdapterUpload | None:
+        """None for what is no path here but may be a hub's OWNER/NAME. FileNotFoundError, ValueError."""
+        path = Path(source)
+        if path.is_dir():
+            paths = tuple(sorted(file for pattern in _FOLDER for file in path.glob(pattern)))
+            if not paths:
+                raise ValueError(f"{path} holds no .safetensors file")
+            names = tuple((file.relative_to(path).as_posix(), file.stat().st_size) for file in paths)
+        elif not path.exists() and isinstance(source, str) and _HUB_ID.fullmatch(source):
+            return None
+        else:
+            paths, names = (path,), ()
+        digest = hashlib.sha256()
+        size = 0
+        for file in paths:
+            for data in file_chunks(file):
+                digest.update(data)
+                size += len(data)
+        return cls(paths, names, size, digest.hexdigest())
+
+    def chunks(self) -> Iterator[bytes]:
+        for path in self.paths:
+            yield from file_chunks(path)
 
 
 def picture_bytes(source: str | Path | bytes | Picture) -> bytes:

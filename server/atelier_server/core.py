@@ -114,53 +114,6 @@ class AdapterUse:
 
 
 @dataclass(frozen=True, slots=True)
-class UnmatchedPart:
-    """Something in an adapter's file that the base takes no change from: its name there, and why."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class TokenReport:
-    """A learned token: its placeholder, and how many vectors which text encoders have."""
-
-    placeholder: str
-    vectors: int
-    encoders: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterReport:
-    """What an import understood of a file. Facts about the file, except where a field says otherwise.
-
-    `confidence`: the share of tensors that are named in `format`. `family` with `evidence` is told by names,
-    shapes or the header, "" where nothing tells; whether a file fits is decided by its modules alone.
-    `kinds`, `ranks`, `alphas`: how many modules of each. `norms`: of the change (Frobenius), by block.
-    `coverage`: matched of all; below 1 the adapter was accepted in part. `probe`: how far the U-Net's output
-    moves, relative to its size; None where it was not measured.
-    """
-
-    format: str
-    confidence: float
-    software: str
-    family: str
-    evidence: str
-    base_family: str
-    matched: tuple[str, ...]
-    unmatched: tuple[UnmatchedPart, ...]
-    coverage: float
-    kinds: tuple[tuple[str, int], ...]
-    ranks: tuple[tuple[int, int], ...]
-    alphas: tuple[tuple[float, int], ...]
-    tokens: tuple[TokenReport, ...]
-    triggers: tuple[str, ...]
-    metadata: tuple[tuple[str, str], ...]
-    norms: tuple[tuple[str, float], ...]
-    probe: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class ModuleComparison:
     """A module that two adapters change in different forms. Kind "lora", "dora" or "full"; rank 0 is full."""
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 from atelier_server.core import AdapterUse, BaseInfo, CheckpointId, Costs, GenerationJob, State, TrainingJob
 from atelier_server.origin import NOWHERE, Origin
+from atelier_server.report import AdapterReport, ImportTerms
 
 
 # --------------------------------------------------------------------------------------------- commands
@@ -66,7 +67,7 @@ class UnloadAdapter:
 
 @dataclass(frozen=True, slots=True)
 class ImportAdapter:
-    """Checks the safetensors file at `path` against the base and publishes it as step 0 of a new version.
+    """Checks the file or folder at `path` against the base and publishes it as step 0 of a new version.
 
     Answered by `AdapterImported` or `CallFailed`.
     """
@@ -75,7 +76,7 @@ class ImportAdapter:
     path: str
     name: str
     new_version: bool
-    trigger: str
+    terms: ImportTerms
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,8 +245,7 @@ class AdaptersUnloaded:
 class AdapterImported:
     call_id: str
     checkpoint: CheckpointId
-    detected_format: str
-    matched_modules: int
+    report: AdapterReport
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,15 @@ import shutil
 import signal
 import socket
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
-from atelier_server import core, messages
+from atelier_server import core, messages, report
+from atelier_server.adapters.records import REPORT_FILE
 from atelier_server.adapters.store import AdapterStore
 from atelier_server.errors import AtelierError
 from atelier_server.workers import wire
+from tests.fakes import REPORT
 
 BASE = core.BaseInfo(
     reference="fake",
@@ -180,8 +183,8 @@ class FakeWorker:
                 self.resident -= freed
                 self.beat()
                 self.say(messages.AdaptersUnloaded(call_id, len(freed)))
-            case messages.ImportAdapter(call_id, path, name, new_version, trigger):
-                self.adopt(call_id, Path(path), name, new_version, trigger)
+            case messages.ImportAdapter(call_id, path, name, new_version, terms):
+                self.adopt(call_id, Path(path), name, new_version, terms)
             case messages.ExportAdapter(call_id, use, layout, path):
                 if layout == "kohya":
                     self.die()
@@ -189,15 +192,24 @@ class FakeWorker:
                 data = Path(path).read_bytes()
                 self.say(messages.AdapterExported(call_id, path, len(data), hashlib.sha256(data).hexdigest()))
 
-    def adopt(self, call_id: str, path: Path, name: str, new_version: bool, trigger: str) -> None:
+    def adopt(
+        self, call_id: str, path: Path, name: str, new_version: bool, terms: report.ImportTerms
+    ) -> None:
+        if path.is_dir():
+            path = next(path.rglob("*.safetensors"))
         if path.read_bytes().startswith(b"bad"):
             self.say(messages.CallFailed(call_id, "ADAPTER_MISMATCH", "layer x does not fit"))
             return
+
+        def write(folder: Path) -> None:
+            shutil.copyfile(path, folder / "adapter.safetensors")
+            (folder / REPORT_FILE).write_text(json.dumps(asdict(REPORT)))
+
         try:
             record = self.store.publish_version(
-                lambda folder: shutil.copyfile(path, folder / "adapter.safetensors") and None,
+                write,
                 name=name,
-                trigger=trigger,
+                trigger=terms.trigger,
                 base_model="fake",
                 base_sha256="0" * 64,
                 new_version=new_version,
@@ -207,7 +219,7 @@ class FakeWorker:
         except AtelierError as error:
             self.say(messages.CallFailed(call_id, error.reason, error.message))
             return
-        self.say(messages.AdapterImported(call_id, record.id, "diffusers", 7))
+        self.say(messages.AdapterImported(call_id, record.id, REPORT))
 
     def beat(self) -> None:
         self.say(messages.Heartbeat(0, 0, 0, tuple(sorted(self.resident)), 10, 20, 30, (("base", 5),)))

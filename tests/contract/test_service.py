@@ -116,7 +116,7 @@ async def export(service: Service, name: str, layout: int = 0) -> bytes:
 async def test_import_and_export(service: Service) -> None:
     data = bytes(range(256)) * 4096 * 3
     answer = await service.adapters.ImportAdapter(iter(import_requests(data, trigger="a guest")))
-    assert (answer.adapter.name, answer.adapter.version, answer.matched_modules) == ("guest", 1, 7)
+    assert (answer.adapter.name, answer.adapter.version, answer.matched_modules) == ("guest", 1, 2)
     assert answer.adapter.trigger == "a guest"
     assert not answer.adapter.checkpoints[0].HasField("loss")
     assert await export(service, "guest") == data
@@ -125,6 +125,47 @@ async def test_import_and_export(service: Service) -> None:
     answer = await service.adapters.ImportAdapter(iter(import_requests(data, new_version=True)))
     assert answer.adapter.version == 2
     assert list((service.application._directory.path / "uploads").iterdir()) == []
+
+
+async def test_a_folder_is_taken_apart_and_its_report_kept(service: Service) -> None:
+    file = adapter_pb2.ImportAdapterRequest.File
+    files = [file(name="adapter_config.json", size_bytes=2), file(name="a.safetensors", size_bytes=7)]
+    answer = await service.adapters.ImportAdapter(iter(import_requests(b"{}weights", files=files)))
+    assert await export(service, "guest") == b"weights"
+    assert list((service.application._directory.path / "uploads").iterdir()) == []
+    shown = await service.adapters.GetAdapter(adapter_pb2.GetAdapterRequest(adapter="guest"))
+    assert shown.adapter.report == answer.report
+    assert [(part.name, part.reason) for part in answer.report.unmatched] == [
+        ("unet.c", "the base model has no such module")
+    ]
+    listed = await service.adapters.ListAdapters(adapter_pb2.ListAdaptersRequest())
+    assert not listed.adapters[0].HasField("report")
+
+
+@pytest.mark.parametrize(
+    ("files", "field"),
+    [
+        ([("../a.safetensors", 8)], "metadata.files[0].name"),
+        ([("a/b.safetensors", 8)], "metadata.files[0].name"),
+        ([("a.bin", 8)], "metadata.files[0].name"),
+        ([("a.safetensors", 7)], "metadata.files"),
+        ([("a.safetensors", 4), ("a.safetensors", 4)], "metadata.files"),
+        ([(f"{n}.json", 0) for n in range(17)] + [("a.safetensors", 8)], "metadata.files"),
+    ],
+)
+async def test_a_folder_that_is_none(service: Service, files: list[tuple[str, int]], field: str) -> None:
+    named = [adapter_pb2.ImportAdapterRequest.File(name=name, size_bytes=size) for name, size in files]
+    refusal = await refused(service.adapters.ImportAdapter(iter(import_requests(b"bad file", files=named))))
+    assert refusal.code == "INVALID_ARGUMENT"
+    assert field in refusal.violations
+
+
+@pytest.mark.parametrize("hub_id", ["nobody", "../x", "a/b/../../c@x y", "http://a/b"])
+async def test_a_hub_id_that_is_none(service: Service, hub_id: str) -> None:
+    fields = {"hub_id": hub_id, "size_bytes": 0, "sha256": ""}
+    refusal = await refused(service.adapters.ImportAdapter(iter(import_requests(b"", **fields))))
+    assert refusal.code == "INVALID_ARGUMENT"
+    assert "metadata.hub_id" in refusal.violations
 
 
 @pytest.mark.parametrize(
@@ -147,7 +188,8 @@ async def test_a_rotten_file_and_a_lost_worker_are_told(service: Service) -> Non
     await service.adapters.ImportAdapter(iter(import_requests(b"fine")))
     refusal = await refused(export(service, "guest", adapter_pb2.ADAPTER_FORMAT_KOHYA))
     assert (refusal.code, refusal.reason) == ("UNAVAILABLE", "WORKER_LOST")
-    (file,) = service.application._directory.path.glob("adapters/blobs/*/*")
+    blobs = service.application._directory.path.glob("adapters/blobs/*/*")
+    (file,) = [blob for blob in blobs if blob.read_bytes() == b"fine"]  # the other is the report
     file.write_bytes(b"rot!")
     refusal = await refused(export(service, "guest"))
     assert (refusal.code, refusal.reason) == ("DATA_LOSS", "ADAPTER_CORRUPT")

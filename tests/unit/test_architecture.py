@@ -23,20 +23,21 @@ WIRE = {"google", "grpc", "grpc_health", "grpc_reflection", "grpc_status", "atel
 CLIENT_MAY = {"atelier", "google", "grpc", "grpc_status", "IPython", "PIL", "rich", "typer", "click"}
 
 # A room of atelier_server -> the rooms it may see beside itself. "adapters.store" is the torch-free half.
-NOUNS = {"core", "errors", "origin", "receipt"}
+NOUNS = {"core", "errors", "origin", "receipt", "report"}
 MESSAGES = {"messages"}
 STORE = {
     f"adapters.{name}"
     for name in (
         *("store", "reference", "records", "labels", "trash", "catalog"),
-        *("blobs", "objects", "cache", "staging", "layout"),
+        *("blobs", "objects", "cache", "staging", "layout", "folder"),
     )
 }
 ROOMS: dict[str, set[str]] = {
     "core": set(),
     "receipt": {"core"},
+    "report": set(),
     "origin": set(),
-    "messages": {"core", "origin"},
+    "messages": {"core", "origin", "report"},
     "logs": {"origin"},
     "traces": {"origin", *MESSAGES},
     "otel": {"origin", "traces", *MESSAGES},
@@ -56,7 +57,7 @@ ROOMS: dict[str, set[str]] = {
     "pocket": set(),
 }
 # The worker's entry is where the desk, the wardrobe, the maths and the teacher are wired.
-ENTRY = {"workers.device", "workers.process", "workers.runner", "workers.texts"}
+ENTRY = {"workers.adapters", "workers.device", "workers.process", "workers.runner", "workers.texts"}
 ENTRY_MAY = {
     *NOUNS,
     *MESSAGES,

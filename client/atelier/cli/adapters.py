@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from atelier.cli import app, flags, output
+from atelier.cli import adapter_report, app, flags, output
 from atelier.cli.connection import connect
 from atelier.records import Adapter
 
@@ -93,22 +93,35 @@ def delete(
 
 @adapters.command("import")
 def import_(
-    source: Annotated[Path, typer.Argument(help="a .safetensors file: diffusers, PEFT or kohya")],
+    source: Annotated[str, typer.Argument(help="a .safetensors file, a folder or a hub's OWNER/NAME[/PATH]")],
     *,
     name: Annotated[str, typer.Option(help="of the adapter")],
     new_version: Annotated[bool, typer.Option("--new-version", help="where the name exists already")] = False,
     trigger: Annotated[str, typer.Option(help="words that call the subject up")] = "",
+    placeholder: Annotated[str, typer.Option(help="the word for its learned token in prompts")] = "",
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="take what fits of a file that does not fit as a whole")
+    ] = False,
     server: flags.Server = flags.DEFAULT_SERVER,
     json: flags.Json = False,
 ) -> None:
-    """Publish an adapter from a file."""
+    """Publish an adapter from any tool's files, and say what was understood."""
     with connect(server) as client:
-        imported = client.import_adapter(source, name, new_version=new_version, trigger=trigger)
+        imported = client.import_adapter(
+            source,
+            name,
+            new_version=new_version,
+            trigger=trigger,
+            placeholder=placeholder,
+            allow_partial=allow_partial,
+        )
     if json:
         output.print_json(output.record(imported))
     else:
         reference = f"{imported.adapter.name}@v{imported.adapter.version}"
         output.out(f"{reference}: {imported.matched_modules} layers, {imported.detected_format} layout")
+        if imported.report is not None:
+            adapter_report.show(imported.report)
 
 
 @adapters.command()
@@ -149,3 +162,6 @@ def _show(adapter: Adapter, json: bool) -> None:
             checkpoint.sha256[:12],
         )
     Console().print(table)
+    if adapter.report is not None:
+        output.out("imported:")
+        adapter_report.show(adapter.report)

@@ -107,6 +107,7 @@ class Adapter(_message.Message):
     BASE_SHA256_FIELD_NUMBER: _builtins.int
     TRAINING_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    REPORT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """[a-z]([a-z0-9-]{0,61}[a-z0-9])?"""
     version: _builtins.int
@@ -130,6 +131,10 @@ class Adapter(_message.Message):
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def report(self) -> Global___AdapterReport:
+        """What its import understood of the file; absent for a training's, and in lists."""
+
     def __init__(
         self,
         *,
@@ -145,14 +150,263 @@ class Adapter(_message.Message):
         base_sha256: _builtins.str = ...,
         training: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        report: Global___AdapterReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "base_sha256", b"base_sha256", "checkpoints", b"checkpoints", "create_time", b"create_time", "lora_alpha", b"lora_alpha", "name", b"name", "rank", b"rank", "recommended_step", b"recommended_step", "tags", b"tags", "training", b"training", "trigger", b"trigger", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "base_sha256", b"base_sha256", "checkpoints", b"checkpoints", "create_time", b"create_time", "lora_alpha", b"lora_alpha", "name", b"name", "rank", b"rank", "recommended_step", b"recommended_step", "report", b"report", "tags", b"tags", "training", b"training", "trigger", b"trigger", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
+
+@_typing.final
+class AdapterReport(_message.Message):
+    """What an import understood of a file. Labels are the file's own; the modules alone decide whether it fits."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Unmatched(_message.Message):
+        """Something in the file that the base model takes no change from."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: _builtins.int
+        REASON_FIELD_NUMBER: _builtins.int
+        name: _builtins.str
+        """As it is spelled in the file."""
+        reason: _builtins.str
+        def __init__(
+            self,
+            *,
+            name: _builtins.str = ...,
+            reason: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "reason", b"reason"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Kind(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KIND_FIELD_NUMBER: _builtins.int
+        MODULES_FIELD_NUMBER: _builtins.int
+        kind: _builtins.str
+        """"lora", "locon", "dora", "loha", "lokr", "full" or "norm"."""
+        modules: _builtins.int
+        def __init__(
+            self,
+            *,
+            kind: _builtins.str = ...,
+            modules: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "modules", b"modules"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Rank(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        RANK_FIELD_NUMBER: _builtins.int
+        MODULES_FIELD_NUMBER: _builtins.int
+        rank: _builtins.int
+        modules: _builtins.int
+        def __init__(
+            self,
+            *,
+            rank: _builtins.int = ...,
+            modules: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["modules", b"modules", "rank", b"rank"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Alpha(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        ALPHA_FIELD_NUMBER: _builtins.int
+        MODULES_FIELD_NUMBER: _builtins.int
+        alpha: _builtins.float
+        modules: _builtins.int
+        def __init__(
+            self,
+            *,
+            alpha: _builtins.float = ...,
+            modules: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "modules", b"modules"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Token(_message.Message):
+        """A learned token (textual inversion)."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        PLACEHOLDER_FIELD_NUMBER: _builtins.int
+        VECTORS_FIELD_NUMBER: _builtins.int
+        ENCODERS_FIELD_NUMBER: _builtins.int
+        placeholder: _builtins.str
+        vectors: _builtins.int
+        @_builtins.property
+        def encoders(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+            """"text_encoder", "text_encoder_2" """
+
+        def __init__(
+            self,
+            *,
+            placeholder: _builtins.str = ...,
+            vectors: _builtins.int = ...,
+            encoders: _abc.Iterable[_builtins.str] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["encoders", b"encoders", "placeholder", b"placeholder", "vectors", b"vectors"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class BlockNorm(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        BLOCK_FIELD_NUMBER: _builtins.int
+        NORM_FIELD_NUMBER: _builtins.int
+        block: _builtins.str
+        """E.g. unet.down_blocks.1, text_encoder."""
+        norm: _builtins.float
+        """Frobenius norm of the change."""
+        def __init__(
+            self,
+            *,
+            block: _builtins.str = ...,
+            norm: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "norm", b"norm"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class MetadataEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    FORMAT_FIELD_NUMBER: _builtins.int
+    CONFIDENCE_FIELD_NUMBER: _builtins.int
+    SOFTWARE_FIELD_NUMBER: _builtins.int
+    FAMILY_FIELD_NUMBER: _builtins.int
+    EVIDENCE_FIELD_NUMBER: _builtins.int
+    BASE_FAMILY_FIELD_NUMBER: _builtins.int
+    MATCHED_FIELD_NUMBER: _builtins.int
+    UNMATCHED_FIELD_NUMBER: _builtins.int
+    COVERAGE_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    ALPHAS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    TRIGGERS_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
+    NORMS_FIELD_NUMBER: _builtins.int
+    PROBE_FIELD_NUMBER: _builtins.int
+    format: _builtins.str
+    """How its tensors are named: "kohya", "diffusers", "peft", "comfyui", "lycoris", "textual-inversion"."""
+    confidence: _builtins.float
+    """The share of tensors that are named so."""
+    software: _builtins.str
+    """The tool that wrote it, where the header tells."""
+    family: _builtins.str
+    """The family of bases it was made for ("sd1", "sd2", "sdxl", ...), empty where nothing tells."""
+    evidence: _builtins.str
+    """What tells the family."""
+    base_family: _builtins.str
+    """The family of the resident base."""
+    coverage: _builtins.float
+    """0 to 1: matched of all modules and tokens. Below 1 it was taken in part."""
+    probe: _builtins.float
+    """How far the U-Net's output moves, relative to its size; absent where it was not measured."""
+    @_builtins.property
+    def matched(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Modules of the base model that it changes."""
+
+    @_builtins.property
+    def unmatched(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterReport.Unmatched]: ...
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterReport.Kind]: ...
+    @_builtins.property
+    def ranks(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterReport.Rank]: ...
+    @_builtins.property
+    def alphas(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterReport.Alpha]: ...
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterReport.Token]: ...
+    @_builtins.property
+    def triggers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Words that call the subject up."""
+
+    @_builtins.property
+    def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What the header tells of the training (ss_*, modelspec.*, ...); long values are cut."""
+
+    @_builtins.property
+    def norms(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterReport.BlockNorm]: ...
+    def __init__(
+        self,
+        *,
+        format: _builtins.str = ...,
+        confidence: _builtins.float = ...,
+        software: _builtins.str = ...,
+        family: _builtins.str = ...,
+        evidence: _builtins.str = ...,
+        base_family: _builtins.str = ...,
+        matched: _abc.Iterable[_builtins.str] | None = ...,
+        unmatched: _abc.Iterable[Global___AdapterReport.Unmatched] | None = ...,
+        coverage: _builtins.float = ...,
+        kinds: _abc.Iterable[Global___AdapterReport.Kind] | None = ...,
+        ranks: _abc.Iterable[Global___AdapterReport.Rank] | None = ...,
+        alphas: _abc.Iterable[Global___AdapterReport.Alpha] | None = ...,
+        tokens: _abc.Iterable[Global___AdapterReport.Token] | None = ...,
+        triggers: _abc.Iterable[_builtins.str] | None = ...,
+        metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        norms: _abc.Iterable[Global___AdapterReport.BlockNorm] | None = ...,
+        probe: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_probe", b"_probe", "probe", b"probe"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_probe", b"_probe", "alphas", b"alphas", "base_family", b"base_family", "confidence", b"confidence", "coverage", b"coverage", "evidence", b"evidence", "family", b"family", "format", b"format", "kinds", b"kinds", "matched", b"matched", "metadata", b"metadata", "norms", b"norms", "probe", b"probe", "ranks", b"ranks", "software", b"software", "tokens", b"tokens", "triggers", b"triggers", "unmatched", b"unmatched"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__probe: _TypeAlias = _typing.Literal["probe"]  # noqa: Y015
+    _WhichOneofArgType__probe: _TypeAlias = _typing.Literal["_probe", b"_probe"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__probe) -> _WhichOneofReturnType__probe | None: ...
+
+Global___AdapterReport: _TypeAlias = AdapterReport  # noqa: Y015
 
 @_typing.final
 class ListAdaptersRequest(_message.Message):
@@ -368,6 +622,29 @@ class ImportAdapterRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
+    class File(_message.Message):
+        """One of the files of a folder."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: _builtins.int
+        SIZE_BYTES_FIELD_NUMBER: _builtins.int
+        name: _builtins.str
+        """Relative: adapter_config.json, adapter_model.safetensors, unet/adapter_model.safetensors, ..."""
+        size_bytes: _builtins.int
+        def __init__(
+            self,
+            *,
+            name: _builtins.str = ...,
+            size_bytes: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "size_bytes", b"size_bytes"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
     class Metadata(_message.Message):
         DESCRIPTOR: _descriptor.Descriptor
 
@@ -376,14 +653,34 @@ class ImportAdapterRequest(_message.Message):
         SHA256_FIELD_NUMBER: _builtins.int
         NEW_VERSION_FIELD_NUMBER: _builtins.int
         TRIGGER_FIELD_NUMBER: _builtins.int
+        FILES_FIELD_NUMBER: _builtins.int
+        HUB_ID_FIELD_NUMBER: _builtins.int
+        ALLOW_PARTIAL_FIELD_NUMBER: _builtins.int
+        PLACEHOLDER_FIELD_NUMBER: _builtins.int
         name: _builtins.str
         size_bytes: _builtins.int
         sha256: _builtins.str
-        """Lower-case hex digest of the whole file."""
+        """Lower-case hex digest of the whole upload."""
         new_version: _builtins.bool
         """Publish as the next version where the name exists already."""
         trigger: _builtins.str
-        """Words that call the subject up."""
+        """Words that call the subject up; what the file's header names by default."""
+        hub_id: _builtins.str
+        """A repository of the Hugging Face hub that the server reads instead of an upload:
+        OWNER/NAME[/PATH][@REVISION]. Size, checksum and files are then empty.
+        """
+        allow_partial: _builtins.bool
+        """Take what fits of a file of which too little fits."""
+        placeholder: _builtins.str
+        """The word that stands for the file's learned token in prompts; what the file says, or the adapter's
+        name, by default.
+        """
+        @_builtins.property
+        def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImportAdapterRequest.File]:
+            """The files of a folder, whose contents are uploaded one after another in this order. None: a single
+            safetensors file.
+            """
+
         def __init__(
             self,
             *,
@@ -392,10 +689,14 @@ class ImportAdapterRequest(_message.Message):
             sha256: _builtins.str = ...,
             new_version: _builtins.bool = ...,
             trigger: _builtins.str = ...,
+            files: _abc.Iterable[Global___ImportAdapterRequest.File] | None = ...,
+            hub_id: _builtins.str = ...,
+            allow_partial: _builtins.bool = ...,
+            placeholder: _builtins.str = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "new_version", b"new_version", "sha256", b"sha256", "size_bytes", b"size_bytes", "trigger", b"trigger"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_partial", b"allow_partial", "files", b"files", "hub_id", b"hub_id", "name", b"name", "new_version", b"new_version", "placeholder", b"placeholder", "sha256", b"sha256", "size_bytes", b"size_bytes", "trigger", b"trigger"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -427,22 +728,26 @@ class ImportAdapterResponse(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     DETECTED_FORMAT_FIELD_NUMBER: _builtins.int
     MATCHED_MODULES_FIELD_NUMBER: _builtins.int
+    REPORT_FIELD_NUMBER: _builtins.int
     detected_format: _builtins.str
-    """How the file named its tensors: "diffusers", "peft" or "kohya"."""
+    """`report.format`."""
     matched_modules: _builtins.int
-    """Layers of the base model that the file changes."""
+    """Modules of the base model that the file changes."""
     @_builtins.property
     def adapter(self) -> Global___Adapter: ...
+    @_builtins.property
+    def report(self) -> Global___AdapterReport: ...
     def __init__(
         self,
         *,
         adapter: Global___Adapter | None = ...,
         detected_format: _builtins.str = ...,
         matched_modules: _builtins.int = ...,
+        report: Global___AdapterReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "detected_format", b"detected_format", "matched_modules", b"matched_modules"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "detected_format", b"detected_format", "matched_modules", b"matched_modules", "report", b"report"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

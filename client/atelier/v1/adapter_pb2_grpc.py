@@ -121,10 +121,13 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ImportAdapter(self, request_iterator, context):
-        """Publishes an adapter from a safetensors file. Order: one `metadata` message, then chunks of at
-        most 1 MiB; the client half-closes; the answer comes when the adapter is in the store.
-        INVALID_ARGUMENT: not safetensors, modules or shapes that do not fit the base model, values that
-        are not finite, size or checksum that differ from the declared ones.
+        """Publishes an adapter from the files of another tool: LoRA and its kin, learned tokens, safetensors
+        only. Order: one `metadata` message, then chunks of at most 1 MiB (none for a `hub_id`); the client
+        half-closes; the answer comes when the adapter is in the store.
+        INVALID_ARGUMENT UNSUPPORTED_FORMAT: no adapter in safetensors. ADAPTER_MISMATCH: less of it fits the
+        base model than the server asks for (`allow_partial` takes what fits), values that are not finite, a
+        learned token that is a word of the vocabulary. INVALID_REQUEST: size or checksum differ from the
+        declared ones. NOT_FOUND: nothing under `hub_id`. UNAVAILABLE: the hub cannot be reached.
         ALREADY_EXISTS: the name is taken and `new_version` is not set.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -58,10 +58,13 @@ class AdapterServiceStub:
     has not finished uses it.
     """
     ImportAdapter: _grpc.StreamUnaryMultiCallable[_adapter_pb2.ImportAdapterRequest, _adapter_pb2.ImportAdapterResponse]
-    """Publishes an adapter from a safetensors file. Order: one `metadata` message, then chunks of at
-    most 1 MiB; the client half-closes; the answer comes when the adapter is in the store.
-    INVALID_ARGUMENT: not safetensors, modules or shapes that do not fit the base model, values that
-    are not finite, size or checksum that differ from the declared ones.
+    """Publishes an adapter from the files of another tool: LoRA and its kin, learned tokens, safetensors
+    only. Order: one `metadata` message, then chunks of at most 1 MiB (none for a `hub_id`); the client
+    half-closes; the answer comes when the adapter is in the store.
+    INVALID_ARGUMENT UNSUPPORTED_FORMAT: no adapter in safetensors. ADAPTER_MISMATCH: less of it fits the
+    base model than the server asks for (`allow_partial` takes what fits), values that are not finite, a
+    learned token that is a word of the vocabulary. INVALID_REQUEST: size or checksum differ from the
+    declared ones. NOT_FOUND: nothing under `hub_id`. UNAVAILABLE: the hub cannot be reached.
     ALREADY_EXISTS: the name is taken and `new_version` is not set.
     """
     ExportAdapter: _grpc.UnaryStreamMultiCallable[_adapter_pb2.ExportAdapterRequest, _adapter_pb2.ExportAdapterResponse]
@@ -100,10 +103,13 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     has not finished uses it.
     """
     ImportAdapter: _aio.StreamUnaryMultiCallable[_adapter_pb2.ImportAdapterRequest, _adapter_pb2.ImportAdapterResponse]  # type: ignore[assignment]
-    """Publishes an adapter from a safetensors file. Order: one `metadata` message, then chunks of at
-    most 1 MiB; the client half-closes; the answer comes when the adapter is in the store.
-    INVALID_ARGUMENT: not safetensors, modules or shapes that do not fit the base model, values that
-    are not finite, size or checksum that differ from the declared ones.
+    """Publishes an adapter from the files of another tool: LoRA and its kin, learned tokens, safetensors
+    only. Order: one `metadata` message, then chunks of at most 1 MiB (none for a `hub_id`); the client
+    half-closes; the answer comes when the adapter is in the store.
+    INVALID_ARGUMENT UNSUPPORTED_FORMAT: no adapter in safetensors. ADAPTER_MISMATCH: less of it fits the
+    base model than the server asks for (`allow_partial` takes what fits), values that are not finite, a
+    learned token that is a word of the vocabulary. INVALID_REQUEST: size or checksum differ from the
+    declared ones. NOT_FOUND: nothing under `hub_id`. UNAVAILABLE: the hub cannot be reached.
     ALREADY_EXISTS: the name is taken and `new_version` is not set.
     """
     ExportAdapter: _aio.UnaryStreamMultiCallable[_adapter_pb2.ExportAdapterRequest, _adapter_pb2.ExportAdapterResponse]  # type: ignore[assignment]
@@ -175,10 +181,13 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_adapter_pb2.ImportAdapterRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.ImportAdapterResponse, _abc.Awaitable[_adapter_pb2.ImportAdapterResponse]]:
-        """Publishes an adapter from a safetensors file. Order: one `metadata` message, then chunks of at
-        most 1 MiB; the client half-closes; the answer comes when the adapter is in the store.
-        INVALID_ARGUMENT: not safetensors, modules or shapes that do not fit the base model, values that
-        are not finite, size or checksum that differ from the declared ones.
+        """Publishes an adapter from the files of another tool: LoRA and its kin, learned tokens, safetensors
+        only. Order: one `metadata` message, then chunks of at most 1 MiB (none for a `hub_id`); the client
+        half-closes; the answer comes when the adapter is in the store.
+        INVALID_ARGUMENT UNSUPPORTED_FORMAT: no adapter in safetensors. ADAPTER_MISMATCH: less of it fits the
+        base model than the server asks for (`allow_partial` takes what fits), values that are not finite, a
+        learned token that is a word of the vocabulary. INVALID_REQUEST: size or checksum differ from the
+        declared ones. NOT_FOUND: nothing under `hub_id`. UNAVAILABLE: the hub cannot be reached.
         ALREADY_EXISTS: the name is taken and `new_version` is not set.
         """
 

@@ -31,10 +31,11 @@ from atelier_server.adapters.formats.parts import Key, foreign
 from atelier_server.adapters.formats.peft import PeftConfig, configs_of
 from atelier_server.adapters.kinds import convert
 from atelier_server.adapters.report import counted, family_of, norms, tokens_of
-from atelier_server.core import AdapterReport, UnmatchedPart
 from atelier_server.errors import AdapterMismatch, UnsupportedFormat
+from atelier_server.report import AdapterReport, ImportTerms, UnmatchedPart
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_STRICT = ImportTerms()
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
 
@@ -76,27 +77,15 @@ class Base:
         return ModuleNames(self.shapes)
 
 
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """On what terms a file is taken. `min_coverage` 0..1; `placeholder` names its one learned token.
-
-    `fallback` does where neither the file nor `placeholder` names it.
-    """
-
-    min_coverage: float = 1.0
-    allow_partial: bool = False
-    placeholder: str = ""
-    fallback: str = "token"
-    triggers: tuple[str, ...] = ()
-
-
-def import_file(path: Path, base: Base, terms: Terms = Terms()) -> tuple[CanonicalAdapter, AdapterReport]:
-    """Reads a file or folder of any layout for `base`.
+def import_file(
+    path: Path, base: Base, terms: ImportTerms = _STRICT, name: str = "token"
+) -> tuple[CanonicalAdapter, AdapterReport]:
+    """Reads a file or folder of any layout for `base`; `name` is a learned token's that nobody names.
 
     Raises UnsupportedFormat for what is no adapter in safetensors, AdapterMismatch for one that does not fit;
     both name the first offender.
     """
-    reading = _Reading(base, terms)
+    reading = _Reading(base, terms, name)
     for container in open_source(path):
         reading.add(container)
     return reading.finish()
@@ -115,9 +104,10 @@ class _Layer:
 class _Reading:
     """One import, as far as it has come."""
 
-    def __init__(self, base: Base, terms: Terms) -> None:
+    def __init__(self, base: Base, terms: ImportTerms, name: str) -> None:
         self._base = base
         self._terms = terms
+        self._name = name
         self._layers: dict[str, _Layer] = {}  # by real name
         self._tokens: list[LearnedToken] = []
         self._unmatched: dict[str, str] = {}
@@ -180,7 +170,7 @@ class _Reading:
         adapter = CanonicalAdapter(
             modules,
             tokens,
-            self._terms.triggers or header.triggers(self._metadata),
+            (self._terms.trigger,) if self._terms.trigger else header.triggers(self._metadata),
             header.kept(self._metadata),
             family or self._base.family,
         )
@@ -258,7 +248,7 @@ class _Reading:
 
     def _placeholder(self, token: LearnedToken) -> str:
         named = token.placeholder or self._metadata.get("name", "").strip()
-        placeholder = self._terms.placeholder or named or self._terms.fallback
+        placeholder = self._terms.placeholder or named or self._name
         if self._base.is_word(placeholder):
             raise AdapterMismatch(
                 f"the learned token {placeholder!r} is a word of the base model's vocabulary: every prompt "

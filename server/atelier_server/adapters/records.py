@@ -9,6 +9,9 @@ from typing import Any
 from atelier_server.adapters.blobs import StoredFile
 from atelier_server.core import CheckpointId
 
+REPORT_FILE = "report.json"
+"""What an import understood, beside its weights: `core.AdapterReport`."""
+
 
 @dataclass(frozen=True, slots=True)
 class VersionMeta:

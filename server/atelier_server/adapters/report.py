@@ -11,7 +11,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from atelier_server.adapters.canonical import CanonicalAdapter, LoraModule, Module
-from atelier_server.core import TokenReport
+from atelier_server.report import TokenReport
 
 # The width of the cross-attention's inputs, of published models.
 _WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}

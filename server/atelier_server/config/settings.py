@@ -36,6 +36,9 @@ class Limits(BaseModel):
     max_image_pixels: int = Field(default=50_000_000, ge=64)
     max_adapter_bytes: int = Field(default=2 * 2**30, ge=1)
     max_request_bytes: int = Field(default=64 * 2**20, ge=2**21, le=2**31 - 1)
+    min_adapter_coverage: float = Field(
+        default=1.0, ge=0, le=1, description="what share of an import has to fit, unless it allows less"
+    )
     max_queued_generations: int = Field(default=256, ge=1)
     max_queued_trainings: int = Field(default=64, ge=1)
 

@@ -351,10 +351,10 @@ class Loop:
             case UnloadAdapter(call_id=call_id, checkpoints=checkpoints):
                 return AdaptersUnloaded(call_id, self._unload(checkpoints))
             case ImportAdapter(call_id=call_id):
-                checkpoint, layout, matched = self._runner.import_adapter(
-                    command.path, command.name, command.new_version, command.trigger
+                checkpoint, report = self._runner.import_adapter(
+                    command.path, command.name, command.new_version, command.terms
                 )
-                return AdapterImported(call_id, checkpoint, layout, matched)
+                return AdapterImported(call_id, checkpoint, report)
             case ExportAdapter(call_id=call_id, use=use, layout=layout, path=path):
                 size, sha256 = self._runner.export_adapter(use, layout, path)
                 return AdapterExported(call_id, path, size, sha256)

@@ -9,6 +9,7 @@ from typing import Protocol
 from atelier_server.core import AdapterUse, CheckpointId, TrainingJob
 from atelier_server.engine.scheduler import ImageTask
 from atelier_server.errors import OutOfMemory
+from atelier_server.report import AdapterReport, ImportTerms
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +101,9 @@ class Runner(Protocol):
     def open_training(self, job: TrainingJob) -> TrainingRun: ...
 
     def import_adapter(
-        self, path: str, name: str, new_version: bool, trigger: str
-    ) -> tuple[CheckpointId, str, int]:
-        """Checks and publishes a file: the checkpoint, the detected layout, the matched modules."""
+        self, path: str, name: str, new_version: bool, terms: ImportTerms
+    ) -> tuple[CheckpointId, AdapterReport]:
+        """Checks and publishes a file or folder."""
 
     def export_adapter(self, use: AdapterUse, layout: str, path: str) -> tuple[int, str]:
         """Writes a checkpoint in a layout: size in bytes and sha256."""

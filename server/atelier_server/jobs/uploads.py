@@ -6,9 +6,12 @@ import asyncio
 import hashlib
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 from atelier_server.jobs.records import Picture
+
+_COPY_BYTES = 2**22
 
 
 class Uploads:
@@ -28,6 +31,23 @@ class Uploads:
     def file(self) -> Path:
         """A name for a temporary file, which the caller removes."""
         return self._folder / f"{uuid.uuid4().hex}.safetensors"
+
+    def unpack(self, path: Path, files: Sequence[tuple[str, int]]) -> Path:
+        """A folder of the files (checked relative names, sizes) that lie one after another in `path`.
+
+        The caller removes it.
+        """
+        folder = path.with_suffix("")
+        with path.open("rb") as packed:
+            for name, size in files:
+                target = folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with target.open("wb") as file:
+                    left = size
+                    while left and (data := packed.read(min(left, _COPY_BYTES))):
+                        file.write(data)
+                        left -= len(data)
+        return folder
 
 
 class PictureUpload:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from atelier_server.access.tenants import Scope, Tenant
+from atelier_server.adapters.records import REPORT_FILE
 from atelier_server.adapters.store import AdapterStore, AdapterVersion
 from atelier_server.core import AdapterRef, AdapterUse, CheckpointId
 from atelier_server.errors import AdapterExists, AdapterInUse, AdapterNotFound, WorkerLost
@@ -29,6 +31,7 @@ from atelier_server.messages import (
     UnloadAdapter,
 )
 from atelier_server.metrics import Metrics
+from atelier_server.report import AdapterReport, ImportTerms
 
 
 class Wardrobe:
@@ -63,6 +66,14 @@ class Wardrobe:
         """The version that a reference means. Raises AdapterNotFound."""
         (use,) = await self.resolve((ref,))
         return await asyncio.to_thread(self._store.version, use.checkpoint.name, use.checkpoint.version)
+
+    async def report(self, version: AdapterVersion) -> AdapterReport | None:
+        """What the import of a version understood; None for one that was not imported."""
+        record = version.recommended
+        if record is None or REPORT_FILE not in record.files:
+            return None
+        path = await asyncio.to_thread(self._store.file, record.id, REPORT_FILE)
+        return AdapterReport.of(json.loads(await asyncio.to_thread(path.read_text, encoding="utf-8")))
 
     async def page(
         self, scope: Scope, after: tuple[str, int] | None, size: int, *, all_versions: bool
@@ -135,15 +146,15 @@ class Wardrobe:
             raise AdapterExists(f"adapter {name!r} exists; set new_version to add one", name=name)
 
     async def adopt(
-        self, path: Path, name: str, *, new_version: bool, trigger: str
+        self, path: Path, name: str, *, new_version: bool, terms: ImportTerms
     ) -> tuple[AdapterVersion, AdapterImported]:
-        """Has the worker check a safetensors file and publish it as a new version."""
+        """Has the worker check an adapter's file or folder and publish it as a new version."""
         await self.check_name(name, new_version=new_version)
         # A version without a checkpoint may be there: its training failed, and the name is free.
         versions = await asyncio.to_thread(self._store.versions)
         follows = new_version or any(v.meta.name == name and not v.checkpoints for v in versions)
         answer = await self._calls.call(
-            lambda call: ImportAdapter(call, str(path), name, follows, trigger), AdapterImported
+            lambda call: ImportAdapter(call, str(path), name, follows, terms), AdapterImported
         )
         await self._count()
         version = await asyncio.to_thread(

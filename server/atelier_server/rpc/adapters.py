@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from atelier.v1 import adapter_pb2 as pb
@@ -12,6 +13,7 @@ from atelier.v1 import adapter_pb2_grpc
 from atelier_server.config import Limits
 from atelier_server.core import AdapterRef
 from atelier_server.errors import InvalidRequest, Violation
+from atelier_server.jobs.hub import fetch
 from atelier_server.jobs.wardrobe import Wardrobe
 from atelier_server.rpc import caller
 from atelier_server.rpc.codec import pages
@@ -21,6 +23,7 @@ from atelier_server.rpc.codec.adapter import (
     decode_import,
     decode_reference,
     encode_adapter,
+    encode_report,
 )
 from atelier_server.rpc.codec.checks import Checks
 from atelier_server.rpc.codec.generated import CHUNK_BYTES
@@ -52,7 +55,8 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:
         version = await self._wardrobe.version(decode_reference(request.adapter))
-        return pb.GetAdapterResponse(adapter=encode_adapter(version, self._wardrobe.resident()))
+        report = await self._wardrobe.report(version)
+        return pb.GetAdapterResponse(adapter=encode_adapter(version, self._wardrobe.resident(), report))
 
     async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Context) -> pb.LoadAdapterResponse:
         checkpoint, loaded = await self._wardrobe.load(decode_reference(request.adapter))
@@ -73,26 +77,45 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
     async def ImportAdapter(
         self, request_iterator: AsyncIterator[pb.ImportAdapterRequest], context: Context
     ) -> pb.ImportAdapterResponse:
-        path = self._wardrobe.uploads.file()
-        async with AsyncExitStack() as stack:
-            stack.callback(path.unlink, missing_ok=True)
-            async with heard_out(request_iterator):
-                first = await anext(aiter(request_iterator), None)
-                if first is None or first.WhichOneof("payload") != "metadata":
-                    raise InvalidRequest.of([Violation("metadata", "must be the first message")])
-                metadata = first.metadata
-                name = decode_import(metadata, self._limits)
-                await self._wardrobe.check_name(name, new_version=metadata.new_version)
-                await stack.enter_async_context(self._wardrobe.space(caller.tenant(), metadata.size_bytes))
-                await receive_file(request_iterator, metadata, path)
-            version, answer = await self._wardrobe.adopt(
-                path, name, new_version=metadata.new_version, trigger=metadata.trigger
-            )
+        async with heard_out(request_iterator):
+            first = await anext(aiter(request_iterator), None)
+            if first is None or first.WhichOneof("payload") != "metadata":
+                raise InvalidRequest.of([Violation("metadata", "must be the first message")])
+            metadata = first.metadata
+            name, terms = decode_import(metadata, self._limits)
+            await self._wardrobe.check_name(name, new_version=metadata.new_version)
+            async with self._source(request_iterator, metadata) as source:
+                version, answer = await self._wardrobe.adopt(
+                    source, name, new_version=metadata.new_version, terms=terms
+                )
         return pb.ImportAdapterResponse(
             adapter=encode_adapter(version, self._wardrobe.resident()),
-            detected_format=answer.detected_format,
-            matched_modules=answer.matched_modules,
+            detected_format=answer.report.format,
+            matched_modules=len(answer.report.matched),
+            report=encode_report(answer.report),
         )
+
+    @asynccontextmanager
+    async def _source(
+        self,
+        stream: AsyncIterator[pb.ImportAdapterRequest],
+        metadata: pb.ImportAdapterRequest.Metadata,
+    ) -> AsyncIterator[Path]:
+        """What is to be imported, as a file or folder that is there for the block."""
+        if metadata.hub_id:
+            found = await fetch(metadata.hub_id, self._limits.max_adapter_bytes)
+            async with self._wardrobe.space(caller.tenant(), found.size_bytes):
+                yield found.path
+            return
+        path = self._wardrobe.uploads.file()
+        try:
+            async with self._wardrobe.space(caller.tenant(), metadata.size_bytes):
+                await receive_file(stream, metadata, path)
+                files = [(file.name, file.size_bytes) for file in metadata.files]
+                yield await asyncio.to_thread(self._wardrobe.uploads.unpack, path, files) if files else path
+        finally:
+            path.unlink(missing_ok=True)
+            await asyncio.to_thread(shutil.rmtree, path.with_suffix(""), ignore_errors=True)
 
     async def ExportAdapter(
         self, request: pb.ExportAdapterRequest, context: Context

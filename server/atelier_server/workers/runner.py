@@ -5,7 +5,6 @@ The one place, with the worker's entry, that knows engine, adapters, diffusion a
 
 from __future__ import annotations
 
-import hashlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,17 +13,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from atelier_server.adapters.bank import ActiveRows, RowsKey, SlotBank
-from atelier_server.adapters.canonical import CanonicalAdapter
-from atelier_server.adapters.format import Layout, read_adapter, write_adapter
-from atelier_server.adapters.host import HostTier, pinned
-from atelier_server.adapters.store import ADAPTER_FILE, AdapterStore, CheckpointRecord
-from atelier_server.adapters.stored import decode_stored, write_stored
+from atelier_server.adapters.host import HostTier
+from atelier_server.adapters.store import AdapterStore, CheckpointRecord
 from atelier_server.core import AdapterUse, BaseInfo, CheckpointId, Costs, TrainingJob
 from atelier_server.diffusion.base import load_base
 from atelier_server.diffusion.conditioning import Conditioning, Framing
@@ -35,11 +30,13 @@ from atelier_server.diffusion.meter import peak_bytes
 from atelier_server.diffusion.trajectory import Trajectory
 from atelier_server.engine.runner import Decoded, Memory, Published, StepReport
 from atelier_server.engine.scheduler import ImageTask
-from atelier_server.errors import DataLoss, NonfiniteImage, OutOfMemory, UnsupportedFormat
+from atelier_server.errors import NonfiniteImage, OutOfMemory
 from atelier_server.messages import WorkerSettings
 from atelier_server.receipt import receipt
+from atelier_server.report import AdapterReport, ImportTerms
 from atelier_server.training.trainer import LoraTrainer
 from atelier_server.workers import device
+from atelier_server.workers.adapters import AdapterFiles
 from atelier_server.workers.texts import Texts
 
 # Of the free memory; the rest is for what kernels use inside, and for fragments.
@@ -65,7 +62,8 @@ class TorchRunner:
         self._pictures: dict[int, Picture] = {}  # by arrival
         self._texts = Texts(self.base, self.bank)
         self._init_images = InitImages(self.base)
-        self.host = HostTier(self._read, settings.host_adapter_bytes)
+        self._files = AdapterFiles(self.base, self.bank, self.store)
+        self.host = HostTier(self._files.read, settings.host_adapter_bytes)
         # Told by the heartbeat's thread, so counted here and not there.
         self._base_bytes = device.weight_bytes(self.base)
         self._bank_bytes = 0
@@ -182,36 +180,12 @@ class TorchRunner:
         self.bank.clear(slot)
 
     def import_adapter(
-        self, path: str, name: str, new_version: bool, trigger: str
-    ) -> tuple[CheckpointId, str, int]:
-        adapter, layout = read_adapter(Path(path), self.bank.layers)
-        self.bank.check(adapter)
-        largest = adapter.largest
-        record = self.store.publish_version(
-            lambda folder: write_stored(adapter, folder / ADAPTER_FILE),
-            name=name,
-            trigger=trigger,
-            base_model=self.base.reference,
-            base_sha256=self.base.sha256,
-            new_version=new_version,
-            rank=largest.rank if largest else 0,
-            lora_alpha=largest.alpha if largest else 0.0,
-        )
-        return record.id, layout, len(adapter.modules)
+        self, path: str, name: str, new_version: bool, terms: ImportTerms
+    ) -> tuple[CheckpointId, AdapterReport]:
+        return self._files.take(Path(path), name, new_version, terms)
 
     def export_adapter(self, use: AdapterUse, layout: str, path: str) -> tuple[int, str]:
-        target = Path(path)
-        write_adapter(self._read(use), target, cast(Layout, layout))
-        return target.stat().st_size, _sha256(target)
-
-    def _read(self, use: AdapterUse) -> CanonicalAdapter:
-        """A checkpoint of the store, its checksum verified. Raises DataLoss, AdapterNotFound."""
-        try:
-            adapter = decode_stored(self.store.fetch(use).read_bytes())
-        except (FileNotFoundError, UnsupportedFormat) as error:
-            metadata = {"adapter": str(use.checkpoint)}
-            raise DataLoss(f"{use.checkpoint}: the stored file is unreadable", metadata) from error
-        return pinned(adapter) if self.base.device.type == "cuda" else adapter
+        return self._files.export(use, layout, Path(path))
 
     # ------------------------------------------------------------------------------------------ trainings
     def open_training(self, job: TrainingJob) -> TrainerRun:
@@ -314,8 +288,3 @@ class TrainerRun:
 def _published(record: CheckpointRecord) -> Published:
     use = AdapterUse(record.id, 1.0, record.path, record.sha256)
     return Published(use, record.size_bytes, record.loss if record.loss is not None else 0.0)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

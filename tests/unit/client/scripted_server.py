@@ -113,6 +113,30 @@ class Script:
         self.stopping.wait(20)
 
 
+REPORT = adapter_pb2.AdapterReport(
+    format="kohya",
+    confidence=0.875,
+    software="OneTrainer",
+    family="sdxl",
+    evidence="its cross-attention is 2048 wide",
+    base_family="sdxl",
+    matched=["unet.a", "unet.b"],
+    unmatched=[adapter_pb2.AdapterReport.Unmatched(name="lora_unet_c", reason="no such module")] * 12,
+    coverage=0.25,
+    kinds=[adapter_pb2.AdapterReport.Kind(kind="dora", modules=2)],
+    ranks=[adapter_pb2.AdapterReport.Rank(rank=4, modules=2)],
+    alphas=[
+        adapter_pb2.AdapterReport.Alpha(alpha=0.5, modules=1),
+        adapter_pb2.AdapterReport.Alpha(alpha=8, modules=1),
+    ],
+    tokens=[adapter_pb2.AdapterReport.Token(placeholder="<zoe>", vectors=2, encoders=["text_encoder"])],
+    triggers=["zoe"],
+    metadata={"ss_epoch": "3"},
+    norms=[adapter_pb2.AdapterReport.BlockNorm(block="unet.mid_block", norm=1.5)],
+    probe=0.125,
+)
+
+
 class Generation(GenerationServiceServicer):
     def __init__(self, script: Script) -> None:
         self.script = script
@@ -219,7 +243,7 @@ class Adapters(AdapterServiceServicer):
     def ImportAdapter(self, request_iterator: Any, context: Any) -> adapter_pb2.ImportAdapterResponse:
         self.script.imports.append(list(request_iterator))
         return adapter_pb2.ImportAdapterResponse(
-            adapter=self.adapter("zoe"), detected_format="kohya", matched_modules=32
+            adapter=self.adapter("zoe"), detected_format="kohya", matched_modules=32, report=REPORT
         )
 
     def ExportAdapter(self, request: Any, context: Any) -> Iterator[adapter_pb2.ExportAdapterResponse]:

@@ -106,6 +106,54 @@ def test_import_declares_size_and_digest(server: Any, tmp_path: Path) -> None:
     assert [len(message.chunk) for message in chunks] == [2**20, 5]
 
 
+def test_import_tells_what_was_understood(server: Any, tmp_path: Path) -> None:
+    (tmp_path / "zoe.safetensors").write_bytes(b"x")
+    with atelier.Client(server.address) as client:
+        report = client.import_adapter(tmp_path / "zoe.safetensors", "zoe").report
+    assert report is not None
+    assert (report.format, report.coverage, report.probe) == ("kohya", 0.25, 0.125)
+    assert [(count.alpha, count.modules) for count in report.alphas] == [(0.5, 1), (8.0, 1)]
+    assert report.unmatched[0].reason == "no such module"
+    assert report.tokens[0].encoders == ("text_encoder",)
+    assert report.metadata == {"ss_epoch": "3"}
+
+
+def test_a_folder_is_uploaded_file_after_file(server: Any, tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "adapter_model.safetensors").write_bytes(b"weights")
+    (tmp_path / "unet" / "adapter_config.json").write_bytes(b"{}")
+    (tmp_path / "learned_embeds.safetensors").write_bytes(b"tokens")
+    (tmp_path / "README.md").write_bytes(b"not wanted")
+    with atelier.Client(server.address) as client:
+        client.import_adapter(tmp_path, "zoe", allow_partial=True, placeholder="<z>", new_version=True)
+    message, *chunks = server.script.imports[-1]
+    metadata, data = message.metadata, b"".join(chunk.chunk for chunk in chunks)
+    assert [(file.name, file.size_bytes) for file in metadata.files] == [
+        ("learned_embeds.safetensors", 6),
+        ("unet/adapter_config.json", 2),
+        ("unet/adapter_model.safetensors", 7),
+    ]
+    assert data == b"tokens{}weights"
+    assert (metadata.size_bytes, metadata.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    assert (metadata.allow_partial, metadata.placeholder, metadata.new_version) == (True, "<z>", True)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with atelier.Client(server.address) as client, pytest.raises(ValueError, match=r"no \.safetensors"):
+        client.import_adapter(empty, "zoe")
+
+
+def test_a_hub_id_is_for_the_server_to_read(server: Any) -> None:
+    with atelier.Client(server.address) as client:
+        client.import_adapter("someone/toy-lora/toy.safetensors@main", "zoe")
+        (message,) = server.script.imports[-1]
+        assert message.metadata.hub_id == "someone/toy-lora/toy.safetensors@main"
+        assert not message.metadata.size_bytes
+        with pytest.raises(FileNotFoundError):
+            client.import_adapter("no-such-file.safetensors", "zoe")
+        with pytest.raises(TypeError, match="did you mean 'placeholder'"):
+            client.import_adapter("a/b", "zoe", placeholders="<z>")  # type: ignore[call-arg]
+
+
 def test_export_writes_a_checked_file(server: Any, tmp_path: Path) -> None:
     server.script.export_digest = hashlib.sha256(server.script.export).hexdigest()
     target = tmp_path / "otto.safetensors"

@@ -193,7 +193,13 @@ def test_adapters(run: Callable[..., Result], server: Any, tmp_path: Path) -> No
     assert json.loads(run("adapters", "delete", "otto", "--json").stdout) == {}
     source = tmp_path / "a.safetensors"
     source.write_bytes(b"weights")
-    assert "32 layers, kohya" in run("adapters", "import", source, "--name", "zoe").stdout
+    told = run("adapters", "import", source, "--name", "zoe", "--allow-partial").stdout
+    for words in ("32 layers, kohya", "written by OneTrainer", "cross-attention is 2048 wide", "2 dora"):
+        assert words in told
+    for words in ("0.5 (x1), 8 (x1)", "<zoe> (2 vectors", "moves by 12.5%", "12 parts were left out (25.0%"):
+        assert words in told
+    assert told.count("no such module") == 10
+    assert server.script.imports[-1][0].metadata.allow_partial
     assert run("adapters", "import", tmp_path / "none", "--name", "zoe").exit_code == 1
     imported = json.loads(run("adapters", "import", source, "--name", "zoe", "--json").stdout)
     assert imported["adapter"]["name"] == "zoe"

@@ -40,7 +40,8 @@ from atelier_server.messages import (
     TrainingWarning,
     UnloadAdapter,
 )
-from tests.fakes import FakeRunner, generation, training, use
+from atelier_server.report import AdapterReport, ImportTerms
+from tests.fakes import REPORT, FakeRunner, generation, training, use
 
 
 class AtOnce(Executor):
@@ -287,10 +288,10 @@ def test_an_adapter_in_use_is_unloaded_when_its_last_picture_is_done() -> None:
 def test_a_call_that_fails_is_answered() -> None:
     desk = Desk()
     desk.runner.missing = {"otto"}
-    desk.send(LoadAdapter("1", use("otto")), ImportAdapter("2", "f", "n", False, ""))
+    desk.send(LoadAdapter("1", use("otto")), ImportAdapter("2", "f", "n", False, ImportTerms()))
     desk.loop.turn()
     assert desk.of(CallFailed)[0].reason == "ADAPTER_NOT_FOUND"  # type: ignore[union-attr]
-    assert desk.of(AdapterImported) == [AdapterImported("2", CheckpointId("n", 1, 0), "peft", 1)]
+    assert desk.of(AdapterImported) == [AdapterImported("2", CheckpointId("n", 1, 0), REPORT)]
     assert desk.loop.residency.resident == ()
 
 
@@ -300,10 +301,10 @@ def test_a_large_import_keeps_nobody_waiting() -> None:
 
     class Slow(FakeRunner):
         def import_adapter(
-            self, path: str, name: str, new_version: bool, trigger: str
-        ) -> tuple[CheckpointId, str, int]:
+            self, path: str, name: str, new_version: bool, terms: ImportTerms
+        ) -> tuple[CheckpointId, AdapterReport]:
             assert painted.wait(30)
-            return super().import_adapter(path, name, new_version, trigger)
+            return super().import_adapter(path, name, new_version, terms)
 
     events: list[Event] = []
     inbox: SimpleQueue[Message] = SimpleQueue()
@@ -316,7 +317,7 @@ def test_a_large_import_keeps_nobody_waiting() -> None:
             sample_defaults=SampleDefaults(64, 64, "ddim"),
             aside=aside,
         )
-        inbox.put(ImportAdapter("1", "f", "n", False, ""))
+        inbox.put(ImportAdapter("1", "f", "n", False, ImportTerms()))
         inbox.put(Submit(generation("a")))
         while not any(isinstance(event, GenerationCompleted) for event in events):
             loop.turn()

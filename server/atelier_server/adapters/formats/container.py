@@ -15,16 +15,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from atelier_server.adapters.folder import PEFT_CONFIG, PEFT_WEIGHTS, adapter_files
 from atelier_server.errors import UnsupportedFormat
 
 MAX_HEADER_BYTES = 16 * 2**20
 """A header is read whole, several times over: the widest honest one, with its tag counts, is far below."""
-
-PEFT_CONFIG = "adapter_config.json"
-PEFT_WEIGHTS = "adapter_model.safetensors"
-DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
-_EMBEDDINGS = ("*_emb.safetensors", "*learned_embeds*.safetensors", "*embeddings*.safetensors")
-_COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,30 +39,17 @@ def open_source(path: Path) -> list[Container]:
     Raises UnsupportedFormat, which says what is wrong with which file.
     """
     if path.is_file():
-        return [_open(path, _config_in(path))]
-    found = [_open(file, _config_in(file.parent / PEFT_CONFIG), path) for file in files_of(path)]
-    if not found:
-        raise UnsupportedFormat(f"the folder has no safetensors file of an adapter; it has {_listing(path)}")
-    return found
+        return [_open(path, None)]
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    names = adapter_files(file.relative_to(path).as_posix() for file in files)
+    return [
+        _open(path / name, _config(path / name), component=name.rpartition("/")[0])
+        for name in names
+        if name.endswith(".safetensors")
+    ]
 
 
-def files_of(folder: Path) -> list[Path]:
-    """The weights of the adapter in `folder`, then its learned tokens. UnsupportedFormat if unclear."""
-    embeddings = sorted({path for pattern in _EMBEDDINGS for path in folder.glob(pattern)})
-    for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS):
-        if (folder / name).is_file():
-            return [folder / name, *embeddings]
-    parts = [folder / component / PEFT_WEIGHTS for component in _COMPONENTS]
-    if any(part.is_file() for part in parts):
-        return [*(part for part in parts if part.is_file()), *embeddings]
-    others = [path for path in sorted(folder.glob("*.safetensors")) if path not in embeddings]
-    if len(others) > 1:
-        names = ", ".join(path.name for path in others[:8])
-        raise UnsupportedFormat(f"which of these is the adapter? Name the file: {names}")
-    return [*others, *embeddings]
-
-
-def _open(path: Path, config: Mapping[str, Any] | None, root: Path | None = None) -> Container:
+def _open(path: Path, config: Mapping[str, Any] | None, component: str = "") -> Container:
     with path.open("rb") as file:
         begin = file.read(9)
     if begin[8:] != b"{":
@@ -84,14 +66,16 @@ def _open(path: Path, config: Mapping[str, Any] | None, root: Path | None = None
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - no mapping
     except SafetensorError as error:
         raise UnsupportedFormat(f"{path.name} is not a whole safetensors file: {error}") from error
-    component = path.parent.name if root is not None and path.parent != root else ""
     return Container(path.name, tensors, header, config, component)
 
 
-def _config_in(path: Path) -> Mapping[str, Any] | None:
-    """PEFT's configuration, None if there is none."""
-    if path.name != PEFT_CONFIG or not path.is_file():
+def _config(weights: Path) -> Mapping[str, Any] | None:
+    """PEFT's configuration beside its weights."""
+    path = weights.with_name(PEFT_CONFIG)
+    if weights.name != PEFT_WEIGHTS or not path.is_file():
         return None
+    if path.stat().st_size > MAX_HEADER_BYTES:
+        raise UnsupportedFormat(f"{PEFT_CONFIG} has more than {MAX_HEADER_BYTES} bytes")
     return read_json(path.read_text(encoding="utf-8", errors="replace"), PEFT_CONFIG)
 
 
@@ -104,8 +88,3 @@ def read_json(text: str, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UnsupportedFormat(f"{what} is no JSON object")
     return value
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    return ", ".join(names[:8]) or "nothing"

@@ -11,6 +11,7 @@ from atelier_server.adapters.store import AdapterVersion
 from atelier_server.config import Limits
 from atelier_server.core import SCHEDULERS, AdapterRef, CheckpointId
 from atelier_server.jobs.dispatch import WorkerStatus
+from atelier_server.report import AdapterReport, ImportTerms
 from atelier_server.rpc import caller
 from atelier_server.rpc.codec.checks import Checks, shown
 from atelier_server.rpc.codec.times import timestamp
@@ -21,6 +22,15 @@ _LAYOUTS = {
     pb.ADAPTER_FORMAT_KOHYA: "kohya",
     pb.ADAPTER_FORMAT_PEFT: "peft",
 }
+
+_MOST_FILES = 16
+_FILE = re.compile(
+    r"(?:(?:unet|text_encoder|text_encoder_2)/)?[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,200}\.(?:safetensors|json)"
+)
+_HUB_ID = re.compile(
+    r"(?!.*\.\.)\w[\w.-]{0,95}/\w[\w.-]{0,95}(?:/[^@\x00-\x1f]{1,200})?(?:@\w[\w./-]{0,100})?"
+)
+_PLACEHOLDER = re.compile(r"\S{1,100}")
 
 
 def decode_reference(text: str) -> AdapterRef:
@@ -53,19 +63,74 @@ def decode_export(request: pb.ExportAdapterRequest) -> tuple[AdapterRef, str]:
     return ref or AdapterRef(""), _LAYOUTS[request.format]
 
 
-def decode_import(metadata: pb.ImportAdapterRequest.Metadata, limits: Limits) -> str:
-    """The adapter's name. Raises InvalidRequest with every violation."""
+def decode_import(metadata: pb.ImportAdapterRequest.Metadata, limits: Limits) -> tuple[str, ImportTerms]:
+    """The adapter's name, and on what terms the file is taken. Raises InvalidRequest with every violation."""
     checks = Checks()
     name = checks.name("metadata.name", metadata.name)
-    checks.integer("metadata.size_bytes", metadata.size_bytes, 1, limits.max_adapter_bytes)
-    if not re.fullmatch(r"[0-9a-f]{64}", metadata.sha256):
-        checks.refuse("metadata.sha256", f"{shown(metadata.sha256)} is not 64 lower-case hex digits")
+    if metadata.hub_id:
+        if not _HUB_ID.fullmatch(metadata.hub_id):
+            checks.refuse("metadata.hub_id", f"{shown(metadata.hub_id)} is not OWNER/NAME[/PATH][@REVISION]")
+        if metadata.size_bytes or metadata.sha256 or metadata.files:
+            checks.refuse("metadata.hub_id", "goes without size_bytes, sha256 and files")
+    else:
+        checks.integer("metadata.size_bytes", metadata.size_bytes, 1, limits.max_adapter_bytes)
+        if not re.fullmatch(r"[0-9a-f]{64}", metadata.sha256):
+            checks.refuse("metadata.sha256", f"{shown(metadata.sha256)} is not 64 lower-case hex digits")
+        _check_files(checks, metadata)
     checks.text("metadata.trigger", metadata.trigger, limits.max_prompt_characters)
+    if metadata.placeholder and not _PLACEHOLDER.fullmatch(metadata.placeholder):
+        checks.refuse("metadata.placeholder", f"{shown(metadata.placeholder)} is not one word of at most 100")
     checks.done()
-    return name
+    return name, ImportTerms(
+        metadata.trigger, metadata.placeholder, metadata.allow_partial, limits.min_adapter_coverage
+    )
 
 
-def encode_adapter(version: AdapterVersion, resident: frozenset[CheckpointId]) -> pb.Adapter:
+def _check_files(checks: Checks, metadata: pb.ImportAdapterRequest.Metadata) -> None:
+    files = metadata.files
+    if len(files) > _MOST_FILES:
+        checks.refuse("metadata.files", f"{len(files)} files are more than {_MOST_FILES}")
+    for number, file in enumerate(files[:_MOST_FILES]):
+        if not _FILE.fullmatch(file.name):
+            checks.refuse(f"metadata.files[{number}].name", f"{shown(file.name)} is no file of an adapter")
+    if len({file.name for file in files}) < len(files):
+        checks.refuse("metadata.files", "names a file twice")
+    total = sum(file.size_bytes for file in files)
+    if files and total != metadata.size_bytes:
+        checks.refuse("metadata.files", f"are {total} bytes in all; size_bytes says {metadata.size_bytes}")
+
+
+def encode_report(report: AdapterReport | None) -> pb.AdapterReport | None:
+    if report is None:
+        return None
+    message = pb.AdapterReport
+    return pb.AdapterReport(
+        format=report.format,
+        confidence=report.confidence,
+        software=report.software,
+        family=report.family,
+        evidence=report.evidence,
+        base_family=report.base_family,
+        matched=report.matched,
+        unmatched=[message.Unmatched(name=part.name, reason=part.reason) for part in report.unmatched],
+        coverage=report.coverage,
+        kinds=[message.Kind(kind=kind, modules=count) for kind, count in report.kinds],
+        ranks=[message.Rank(rank=rank, modules=count) for rank, count in report.ranks],
+        alphas=[message.Alpha(alpha=alpha, modules=count) for alpha, count in report.alphas],
+        tokens=[
+            message.Token(placeholder=token.placeholder, vectors=token.vectors, encoders=token.encoders)
+            for token in report.tokens
+        ],
+        triggers=report.triggers,
+        metadata=dict(report.metadata),
+        norms=[message.BlockNorm(block=block, norm=norm) for block, norm in report.norms],
+        probe=report.probe,
+    )
+
+
+def encode_adapter(
+    version: AdapterVersion, resident: frozenset[CheckpointId], report: AdapterReport | None = None
+) -> pb.Adapter:
     """A version that has a checkpoint."""
     meta, recommended = version.meta, version.recommended
     return pb.Adapter(
@@ -91,6 +156,7 @@ def encode_adapter(version: AdapterVersion, resident: frozenset[CheckpointId]) -
         base_sha256=meta.base_sha256,
         training=meta.training,
         create_time=timestamp(meta.create_time),
+        report=encode_report(report),
     )
 
 
