@@ -95,11 +95,11 @@ def ours(base: BaseModel, case: Case) -> np.ndarray:
 
 
 def theirs(base: BaseModel, pipeline: Any, case: Case) -> np.ndarray:
-    class_name, overrides = _REGISTRY[case.scheduler]
-    pipeline.scheduler = getattr(diffusers, class_name).from_config(base.scheduler_config, **overrides)
     init, settings = case.init, {"width": case.width, "height": case.height}
     pipeline = MODES[case.mode].from_pipe(pipeline)
     pipeline.set_progress_bar_config(disable=True)
+    class_name, overrides = _REGISTRY[case.scheduler]
+    pipeline.scheduler = getattr(diffusers, class_name).from_config(base.scheduler_config, **overrides)
     if init is not None:
         settings = {"image": opened(init.image), "strength": init.strength} | (settings if init.mask else {})
         settings |= {"mask_image": opened(init.mask)} if init.mask else {}
