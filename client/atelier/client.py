@@ -94,7 +94,7 @@ class Client:
         timeout: float | None = None,
         **fields: Unpack[GenerateFields],
     ) -> GenerationResult:
-        """Paints and waits for all pictures. `adapters` are NAME[@STEP|@TAG][:WEIGHT]."""
+        """Paints and waits for all pictures. `adapters` are NAME[@STEP|@TAG][:WEIGHT], see `selection`."""
         events = list(
             self.generate_stream(prompt, adapters=adapters, request_id=request_id, timeout=timeout, **fields)
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from atelier import fields, transfer, wire
+from atelier import fields, selection, transfer, wire
 from atelier.events import Completed, GenerationEvent, GenerationResult, Image, TrainingEvent
 from atelier.records import TrainingImage
 from atelier.v1 import adapter_pb2, generation_pb2, training_pb2
@@ -33,7 +33,8 @@ def generate_request(
     fields.check("generate", values, fields.GenerateFields.__annotations__)
     request = generation_pb2.GenerateRequest(request_id=request_id or str(uuid.uuid4()))
     chosen = [adapters] if isinstance(adapters, str) else list(adapters)
-    request.adapters.extend(generation_pb2.AdapterSelection(adapter=reference) for reference in chosen)
+    steps = selection.steps_of(values)
+    request.adapters.extend(selection.selection(reference, steps) for reference in chosen)
     fill(request, {"seed": None, **values, "prompt": prompt})
     if not request.HasField("seed"):
         request.seed = secrets.randbits(32)

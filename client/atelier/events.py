@@ -88,13 +88,14 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class ReceiptAdapter:
-    """The checkpoint that a reference meant, in full."""
+    """The checkpoint that a reference meant, in full. `weights` are one a step, if they changed."""
 
     name: str
     version: int
     step: int
     weight: float
     sha256: str
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,11 +79,16 @@ class ImageFormat(StrEnum):
 # ---------------------------------------------------------------------------------------------- adapters
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """What a user writes: NAME[@STEP|@TAG][:WEIGHT]."""
+    """What a user writes: NAME[@STEP|@TAG][:WEIGHT].
+
+    `weights` are one a step, `weight` the first of them then. `sha256` pins the checkpoint in any version.
+    """
 
     name: str
     selector: str = ""
     weight: float = 1.0
+    weights: tuple[float, ...] = ()
+    sha256: str = ""
 
     def __str__(self) -> str:
         selector = f"@{self.selector}" if self.selector else ""
@@ -105,12 +110,20 @@ class CheckpointId:
 
 @dataclass(frozen=True, slots=True)
 class AdapterUse:
-    """A checkpoint at a weight, as a generation uses it. `path` is its safetensors file."""
+    """A checkpoint at a weight, as a generation uses it. `path` is its safetensors file.
+
+    `weights`, if there are any, are one a step; the last one holds, and `weight` is the first.
+    """
 
     checkpoint: CheckpointId
     weight: float
     path: str
     sha256: str
+    weights: tuple[float, ...] = ()
+
+    def weight_at(self, step: int) -> float:
+        """The weight in a step, counted from 0."""
+        return self.weights[min(step, len(self.weights) - 1)] if self.weights else self.weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +241,12 @@ class GenerationJob:
     @property
     def guided(self) -> bool:
         return self.guidance_scale > 1.0
+
+    @property
+    def steps(self) -> int:
+        """Steps that a picture takes: fewer than `num_inference_steps` where it begins with another."""
+        n = self.num_inference_steps
+        return steps_walked(n, self.init.strength) if self.init else n
 
     @property
     def rows_per_image(self) -> int:

@@ -20,6 +20,7 @@ class AdapterReceipt:
     step: int
     weight: float
     sha256: str
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ def receipt(job: GenerationJob, base: BaseInfo, *, seed: int, num_images: int, b
                 step=use.checkpoint.step,
                 weight=use.weight,
                 sha256=use.sha256,
+                weights=use.weights,
             )
             for use in job.adapters
         ),

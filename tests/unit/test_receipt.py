@@ -25,7 +25,9 @@ def test_a_fast_picture_names_the_bucket_it_was_painted_in() -> None:
     made = receipt(job, BASE, seed=4, num_images=1, bucket=4)
     assert (made.reproducibility, made.batch_bucket, made.seed) == (Mode.FAST, 4, 4)
     embedded = json.loads(json.dumps(made.embedded()))
-    assert embedded["adapters"] == [{"name": "otto", "version": 1, "step": 750, "weight": 0.5, "sha256": ""}]
+    assert embedded["adapters"] == [
+        {"name": "otto", "version": 1, "step": 750, "weight": 0.5, "sha256": "", "weights": []}
+    ]
     assert (embedded["reproducibility"], embedded["versions"]["torch"]) == ("fast", "none")
 
 

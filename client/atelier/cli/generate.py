@@ -24,7 +24,10 @@ def generate(
     *,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="REF", help="NAME, NAME@STEP or NAME@TAG, then :WEIGHT; repeats"),
+        typer.Option(
+            metavar="REF",
+            help="NAME, NAME@STEP or NAME@TAG, then :WEIGHT, or :FROM..TO over the steps; repeats",
+        ),
     ] = None,
     out: Annotated[
         Path | None,

@@ -98,18 +98,30 @@ class AdapterSelection(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTER_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     """NAME[@STEP|@TAG][:WEIGHT], e.g. otto, otto@750, otto@v2:0.8. The weight is 1 unless given and may
     be negative.
     """
+    sha256: _builtins.str
+    """Pins the checkpoint: whichever of the adapter's has a file with this hash, in any version."""
+    @_builtins.property
+    def weights(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Weights that change: one a step, the last one holds. Instead of a weight in `adapter`; more of them than
+        steps is INVALID_ARGUMENT. What an adapter changes in the text encoders has the first one.
+        """
+
     def __init__(
         self,
         *,
         adapter: _builtins.str = ...,
+        weights: _abc.Iterable[_builtins.float] | None = ...,
+        sha256: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "sha256", b"sha256", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -540,12 +552,17 @@ class Receipt(_message.Message):
         STEP_FIELD_NUMBER: _builtins.int
         WEIGHT_FIELD_NUMBER: _builtins.int
         SHA256_FIELD_NUMBER: _builtins.int
+        WEIGHTS_FIELD_NUMBER: _builtins.int
         name: _builtins.str
         """The checkpoint that the reference meant, in full."""
         version: _builtins.int
         step: _builtins.int
         weight: _builtins.float
         sha256: _builtins.str
+        @_builtins.property
+        def weights(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+            """Empty where the weight did not change over the steps."""
+
         def __init__(
             self,
             *,
@@ -554,10 +571,11 @@ class Receipt(_message.Message):
             step: _builtins.int = ...,
             weight: _builtins.float = ...,
             sha256: _builtins.str = ...,
+            weights: _abc.Iterable[_builtins.float] | None = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "sha256", b"sha256", "step", b"step", "version", b"version", "weight", b"weight"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "sha256", b"sha256", "step", b"step", "version", b"version", "weight", b"weight", "weights", b"weights"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

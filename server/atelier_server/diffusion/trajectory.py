@@ -131,6 +131,11 @@ class Trajectory:
         return self.index >= len(self.timesteps)
 
     @property
+    def step(self) -> int:
+        """Steps done; those of Heun and KDPM2 have two timesteps."""
+        return self.index // int(self.scheduler.order)
+
+    @property
     def timestep(self) -> Tensor:
         return self.timesteps[self.index]
 

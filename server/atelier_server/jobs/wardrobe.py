@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from atelier_server.access.tenants import Scope, Tenant
@@ -32,6 +33,9 @@ from atelier_server.messages import (
 )
 from atelier_server.metrics import Metrics
 from atelier_server.report import AdapterReport, ImportTerms
+
+# Checkpoints that a message names, the newest.
+_NAMED = 4
 
 
 class Wardrobe:
@@ -60,7 +64,25 @@ class Wardrobe:
     # --------------------------------------------------------------------------------------------- read
     async def resolve(self, refs: tuple[AdapterRef, ...]) -> tuple[AdapterUse, ...]:
         """The checkpoints that references mean now. Raises AdapterNotFound."""
-        return await asyncio.to_thread(lambda: tuple(self._store.resolve(ref) for ref in refs))
+        return await asyncio.to_thread(lambda: tuple(self._resolve(ref) for ref in refs))
+
+    def _resolve(self, ref: AdapterRef) -> AdapterUse:
+        use = self._pinned(ref) if ref.sha256 else self._store.resolve(ref)
+        return replace(use, weights=ref.weights)
+
+    def _pinned(self, ref: AdapterRef) -> AdapterUse:
+        """The checkpoint with the hash that the reference names, of whatever version and step."""
+        records = [
+            record for v in self._store.versions() if v.meta.name == ref.name for record in v.checkpoints
+        ]
+        for record in records:
+            if record.sha256 == ref.sha256:
+                return AdapterUse(record.id, ref.weight, record.path, record.sha256)
+        there = ", ".join(f"{r.id} of v{r.id.version} has {r.sha256[:12]}" for r in records[-_NAMED:])
+        raise AdapterNotFound(
+            f"no checkpoint of {ref.name!r} has the sha256 {ref.sha256[:12]}...; {there or 'there is none'}",
+            name=ref.name,
+        )
 
     async def version(self, ref: AdapterRef) -> AdapterVersion:
         """The version that a reference means. Raises AdapterNotFound."""

@@ -111,8 +111,9 @@ class TorchRunner:
     ) -> list[bool]:
         pictures = [self._pictures[task.arrival] for task in tasks]
         rows: list[list[tuple[int, float]]] = []
-        for task in tasks:
-            row = [(slots[use.checkpoint], use.weight) for use in task.job.adapters]
+        for task, picture in zip(tasks, pictures, strict=True):
+            step = picture.trajectory.step
+            row = [(slots[use.checkpoint], use.weight_at(step)) for use in task.job.adapters]
             rows += [row] * task.rows
         rows += [[]] * (bucket - len(rows))
         with self.bank.use(self.gather(rows)):

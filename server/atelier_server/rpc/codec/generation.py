@@ -26,6 +26,7 @@ from atelier_server.core import (
 )
 from atelier_server.rpc.codec.checks import Checks
 from atelier_server.rpc.codec.init_image import decode_init
+from atelier_server.rpc.codec.selection import decode_adapters
 from atelier_server.rpc.pictures import Verdict
 
 _NO_PICTURES: Mapping[str, Verdict] = MappingProxyType({})
@@ -82,14 +83,6 @@ def decode_generate(
         checks.refuse("image_format", f"{request.image_format} is no ImageFormat")
     if request.priority not in _PRIORITIES:
         checks.refuse("priority", f"{request.priority} is no Priority")
-    if len(request.adapters) > limits.max_adapters_per_image:
-        checks.refuse(
-            "adapters", f"{len(request.adapters)} adapters are more than {limits.max_adapters_per_image}"
-        )
-    refs = [
-        checks.reference(f"adapters[{i}].adapter", selection.adapter, weight=True)
-        for i, selection in enumerate(request.adapters[: limits.max_adapters_per_image])
-    ]
     seed = request.seed if request.HasField("seed") else secrets.randbelow(2**32)
     if seed + max(num_images, 1) - 1 >= 2**64:
         checks.refuse("seed", f"{seed} + num_images - 1 does not fit into 64 bits")
@@ -122,8 +115,9 @@ def decode_generate(
         image_format=_FORMATS.get(request.image_format, ImageFormat.PNG),
         priority=_PRIORITIES.get(request.priority, Priority.NORMAL),
     )
+    refs = decode_adapters(checks, request, limits, job.steps)
     checks.done()
-    return GenerationDraft(request_id, _body_hash(request), job, tuple(ref for ref in refs if ref))
+    return GenerationDraft(request_id, _body_hash(request), job, refs)
 
 
 def _reproducibility(checks: Checks, request: pb.GenerateRequest) -> tuple[Mode, int]:

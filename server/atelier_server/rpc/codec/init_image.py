@@ -40,7 +40,9 @@ def decode_init(
         return None
     strength = request.strength if request.HasField("strength") else (1.0 if masked else 0.8)
     checks.number("strength", strength, 0.0, 1.0, open_low=True)
-    if 0 < strength <= 1 and num_inference_steps > 0 and not steps_walked(num_inference_steps, strength):
+    if not 0 < strength <= 1:
+        strength = 1.0  # refused already; what follows needs one that makes sense
+    elif num_inference_steps > 0 and not steps_walked(num_inference_steps, strength):
         checks.refuse(
             "strength",
             f"{strength:g} of {num_inference_steps} steps is less than one; "
