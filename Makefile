@@ -38,9 +38,10 @@ check: .venv tools
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/yamllint .
 	$(BIN)/buf lint
 	$(BIN)/buf breaking --against protos/released.binpb
-	$(BIN)/python -m pytest -q tests/unit/test_protos_fresh.py
+	$(BIN)/python -m pytest -q tests/unit/test_protos_fresh.py tests/unit/monitoring tests/unit/k8s tests/unit/test_operations.py
 
 # promtool and prometheus into tools/bin, without root.
 tools:
