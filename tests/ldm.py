@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
+import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,11 +27,35 @@ _UNET_ENDS = {
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
 }
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
-def write_single_file(pipeline: StableDiffusionPipeline, path: Path) -> None:
+# Which encoder lies where, and whether under CLIP's names or OpenCLIP's.
+_TEXT = {
+    "sd1": {"text_encoder": ("cond_stage_model.transformer.text_model.", False)},
+    "sd2": {"text_encoder": ("cond_stage_model.model.", True)},
+    "sdxl": {
+        "text_encoder": ("conditioner.embedders.0.transformer.text_model.", False),
+        "text_encoder_2": ("conditioner.embedders.1.model.", True),
+    },
+}
+_OPEN_CLIP = {
+    "embeddings.token_embedding": "token_embedding",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm": "ln_final",
+    "encoder.layers": "transformer.resblocks",
+    "self_attn": "attn",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
+
+def write_single_file(pipeline: DiffusionPipeline, path: Path, family: str = "sd1") -> None:
     """All weights of `pipeline` in one safetensors file at `path`."""
     layers = pipeline.unet.config.layers_per_block
     levels = len(pipeline.vae.config.block_out_channels)
@@ -41,10 +66,32 @@ def write_single_file(pipeline: StableDiffusionPipeline, path: Path) -> None:
     for name, tensor in pipeline.vae.state_dict().items():
         flat = re.search(r"mid_block.attentions.0.to_.*weight", name)
         tensors["first_stage_model." + _vae_name(name, levels)] = tensor[:, :, None, None] if flat else tensor
-    for name, tensor in pipeline.text_encoder.state_dict().items():
-        bare = name.removeprefix("text_model.")
-        tensors["cond_stage_model.transformer.text_model." + bare] = tensor
+    for encoder, (prefix, is_open_clip) in _TEXT[family].items():
+        states = getattr(pipeline, encoder).state_dict()
+        bare = {name.removeprefix("text_model."): tensor for name, tensor in states.items()}
+        for name, tensor in (_open_clip(bare) if is_open_clip else bare).items():
+            tensors[prefix + name] = tensor
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _open_clip(states: dict[str, Tensor]) -> dict[str, Tensor]:
+    """OpenCLIP has the three projections of an attention in one, and its last one the other way round."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in states.items():
+        for ours, theirs in _OPEN_CLIP.items():
+            name = name.replace(ours, theirs)  # noqa: PLW2901
+        if name == "text_projection.weight":
+            found["text_projection"] = tensor.T
+        elif ".attn.q_proj." in name:
+            parts = (tensor, *(states[_back(name).replace("q_proj", p)] for p in ("k_proj", "v_proj")))
+            found[name.replace(".q_proj.", ".in_proj_")] = torch.cat(parts)
+        elif not re.search(r"\.attn\.[kv]_proj\.", name):
+            found[name] = tensor
+    return found
+
+
+def _back(name: str) -> str:
+    return name.replace("transformer.resblocks", "encoder.layers").replace(".attn.", ".self_attn.")
 
 
 def _unet_name(name: str, layers: int, up_attention: list[bool]) -> str:

@@ -123,7 +123,7 @@ class BaseModel(_message.Message):
     reference: _builtins.str
     """As given to `serve --model`."""
     family: _builtins.str
-    """"sd1"."""
+    """sd1, sd2 or sdxl."""
     sha256: _builtins.str
     """Digest of the U-Net's weights."""
     native_width: _builtins.int
