@@ -57,7 +57,14 @@ ROOMS: dict[str, set[str]] = {
     "pocket": set(),
 }
 # The worker's entry is where the desk, the wardrobe, the maths and the teacher are wired.
-ENTRY = {"workers.adapters", "workers.device", "workers.process", "workers.runner", "workers.texts"}
+ENTRY = {
+    "workers.adapters",
+    "workers.device",
+    "workers.probe",
+    "workers.process",
+    "workers.runner",
+    "workers.texts",
+}
 ENTRY_MAY = {
     *NOUNS,
     *MESSAGES,

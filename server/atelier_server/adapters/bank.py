@@ -26,17 +26,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from atelier_server.adapters.canonical import (
     CanonicalAdapter,
-    DenseModule,
     LoraModule,
-    Module,
     finite,
     tensors_of,
 )
-from atelier_server.adapters.changes import Difference, LayerChange, change_of
 from atelier_server.adapters.content import Content, packed_rank
 from atelier_server.adapters.differences import Differences
 from atelier_server.adapters.layers import (
@@ -46,21 +43,17 @@ from atelier_server.adapters.layers import (
     LeafSet,
     NormDelta,
     RowDelta,
-    is_norm,
+    single_row,
     stacked,
-    wrapped,
-    wrapped_norm,
 )
-from atelier_server.adapters.shapes import shape_fault
 from atelier_server.adapters.slots import GroupKey, SlotGroup, component_of, group_key
 from atelier_server.adapters.words import (
-    BankEmbedding,
     Words,
     check_tokens,
-    is_vocabulary,
     resident,
     words_of,
 )
+from atelier_server.adapters.wrapping import Wrapping
 from atelier_server.errors import AdapterMismatch
 
 Row = tuple[tuple[int, float], ...]
@@ -91,48 +84,28 @@ class SlotBank:
     def __init__(self, *, slots: int, max_rank: int) -> None:
         self.slots = slots
         self.max_rank = max_rank
-        self.layers: dict[str, BankLayer] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}  # of the weights that adapters can change; norms too
-        self._norms: dict[str, tuple[nn.Module, str]] = {}
+        self._current = Current()
+        self._wrapping = Wrapping(self._current)
+        self.layers = self._wrapping.layers
+        self.shapes = self._wrapping.shapes
+        self._vocabularies = self._wrapping.vocabularies
         self._differences: dict[str, Differences] = {}
-        self._vocabularies: dict[str, BankEmbedding] = {}
         self._alike: dict[GroupKey, list[BankLayer]] = {}
         self._groups: dict[GroupKey, SlotGroup] = {}
         self._held = [Content()] * (slots + 1)
-        self._current = Current()
         self._training = False
 
     def wrap(self, root: nn.Module, prefix: str) -> None:
-        """Replaces every plain linear and convolution layer inside `root` and freezes the base.
-
-        So is a text encoder's vocabulary. Norms are replaced when an adapter that changes them is first
-        loaded. Layers are known as PREFIX.NAME, with their names in `root`, whose device and dtype must be
-        final.
-        """
-        root.requires_grad_(False)
+        """Takes in a component of the base: see `Wrapping.wrap`."""
+        added = self._wrapping.wrap(root, prefix)
         self._differences[prefix] = Differences()
-        for name, module in list(root.named_modules()):
-            layer = wrapped(module, f"{prefix}.{name}", self._current)
-            if layer is not None:
-                root.set_submodule(name, layer)
-                self.layers[layer.layer_name] = layer
-                self.shapes[layer.layer_name] = tuple(layer.weight.shape)
-                self._differences[prefix].add_layer(layer.layer_name, layer.weight)
-                self._alike.setdefault(group_key(layer), []).append(layer)
-            elif is_norm(module):
-                self.shapes[f"{prefix}.{name}"] = tuple(module.weight.shape)
-                self._norms[f"{prefix}.{name}"] = (root, name)
-            elif is_vocabulary(module, name):
-                assert isinstance(module, nn.Embedding)
-                self._vocabularies[prefix] = BankEmbedding(module, prefix, self._current)
-                root.set_submodule(name, self._vocabularies[prefix])
+        for layer in added:
+            self._differences[prefix].add_layer(layer.layer_name, layer.weight)
+            self._alike.setdefault(group_key(layer), []).append(layer)
 
     def layer(self, name: str) -> nn.Module:
         """The layer or norm of that name, one of `shapes`."""
-        if (layer := self.layers.get(name)) is not None:
-            return layer
-        root, inner = self._norms[name]
-        return root.get_submodule(inner)
+        return self._wrapping.layer(name)
 
     # ------------------------------------------------------------------------------------------ content
     def check(self, adapter: CanonicalAdapter) -> None:
@@ -155,7 +128,7 @@ class SlotBank:
         held = self._slot(slot)
         self._check_shapes(adapter)
         # All memory first: running out of it leaves the slot as it was.
-        changes = {name: self._change(name, module) for name, module in adapter.modules.items()}
+        changes = {name: self._wrapping.change(name, module) for name, module in adapter.modules.items()}
         pairs = {name: change.low_rank for name, change in changes.items() if change.low_rank is not None}
         grouped = [(self._group(key), modules) for key, modules in self._grouped(pairs).items()]
         rest = {
@@ -233,6 +206,28 @@ class SlotBank:
                 norms |= changed
         key = self.key(rows, components)
         return ActiveRows(len(canonical), key, MappingProxyType(deltas), MappingProxyType(norms))
+
+    def alone(self, adapter: CanonicalAdapter) -> tuple[ActiveRows, Words]:
+        """One row with `adapter` at weight 1, in all components, and its words; it takes no slot.
+
+        Raises AdapterMismatch if names or shapes do not fit.
+        """
+        self._check_shapes(adapter)
+        changes = {name: self._wrapping.change(name, module) for name, module in adapter.modules.items()}
+        pairs = {
+            name: single_row(change.low_rank, self.layers[name].weight)
+            for name, change in changes.items()
+            if change.low_rank is not None
+        }
+        deltas: dict[str, Delta] = dict(pairs)
+        norms: dict[str, NormDelta] = {}
+        for component, differences in self._differences.items():
+            own = {name: change for name, change in changes.items() if component_of(name) == component}
+            mixed, changed = differences.alone(own, pairs)
+            deltas |= mixed
+            norms |= changed
+        words = words_of([resident(adapter.tokens, self._vocabularies)], self._vocabularies)
+        return ActiveRows(1, (), MappingProxyType(deltas), MappingProxyType(norms)), words
 
     def words(self, row: Sequence[tuple[int, float]]) -> Words:
         """The learned tokens of a row's adapters; their weights do not scale them.
@@ -319,19 +314,6 @@ class SlotBank:
             self._groups[key] = SlotGroup(self._alike[key], self.slots + 1, self.max_rank)
         return self._groups[key]
 
-    def _change(self, name: str, module: Module) -> LayerChange:
-        """What the module does to its layer; a norm is wrapped now, as few adapters change one."""
-        if (layer := self.layers.get(name)) is not None:
-            return change_of(module, layer)
-        root, inner = self._norms[name]
-        norm = self.layer(name)
-        if is_norm(norm):
-            root.set_submodule(inner, wrapped_norm(norm, name, self._current))
-        assert isinstance(module, DenseModule)
-        assert isinstance(norm.weight, Tensor)
-        parts = (None if t is None else t.to(norm.weight) for t in (module.weight, module.bias))
-        return LayerChange(difference=Difference(*parts))
-
     def _grouped(self, modules: Mapping[str, LoraModule]) -> dict[GroupKey, dict[str, LoraModule]]:
         grouped: dict[GroupKey, dict[str, LoraModule]] = {}
         for name, module in modules.items():
@@ -340,8 +322,4 @@ class SlotBank:
 
     def _check_shapes(self, adapter: CanonicalAdapter) -> None:
         check_tokens(adapter.tokens, self._vocabularies)
-        for name, module in adapter.modules.items():
-            if (shape := self.shapes.get(name)) is None:
-                raise AdapterMismatch(f"the base model has no layer {name}", {"module": name})
-            if fault := shape_fault(module, shape, self.max_rank):
-                raise AdapterMismatch(f"the adapter's {name} {fault}", {"module": name})
+        self._wrapping.check(adapter.modules, self.max_rank)

@@ -160,23 +160,38 @@ class Differences:
         self, rows: Sequence[WeightedRow], low_rank: Mapping[str, RowDelta]
     ) -> tuple[dict[str, MixedDelta], dict[str, RowNorms]]:
         """Deltas of the layers that some row changes by more than a pair, with the pairs; deltas of norms."""
-        used = [(n, slot, w) for n, row in enumerate(rows) for slot, w in row if slot in self._held]
+        used = [
+            (n, self._held[slot], w) for n, row in enumerate(rows) for slot, w in row if slot in self._held
+        ]
+        return self._deltas(used, len(rows), low_rank)
+
+    def alone(
+        self, changes: Mapping[str, LayerChange], low_rank: Mapping[str, RowDelta]
+    ) -> tuple[dict[str, MixedDelta], dict[str, RowNorms]]:
+        """The deltas of a single row that has these changes, which lie in no slot."""
+        held = self.packed(changes)
+        return self._deltas([] if held is None else [(0, held, 1.0)], 1, low_rank)
+
+    def _deltas(
+        self, used: Sequence[tuple[int, _Held, float]], rows: int, low_rank: Mapping[str, RowDelta]
+    ) -> tuple[dict[str, MixedDelta], dict[str, RowNorms]]:
+        """`used`: what row has whose changes at what weight."""
         if not used:
             return {}, {}
-        gains = self._rows([(n, self._held[slot].gains, w) for n, slot, w in used], len(rows))
-        shifts = self._rows([(n, self._held[slot].shifts, w) for n, slot, w in used], len(rows))
+        gains = self._rows([(n, held.gains, w) for n, held, w in used], rows)
+        shifts = self._rows([(n, held.shifts, w) for n, held, w in used], rows)
         terms: dict[str, list[RowDifference]] = {}
-        for n, slot, weight in used:
-            for name, difference in self._held[slot].differences.items():
+        for n, held, weight in used:
+            for name, difference in held.differences.items():
                 terms.setdefault(name, []).append(RowDifference(n, weight, difference))
-        scaled = frozenset[str]().union(*(self._held[slot].scaled for _, slot, _ in used))
+        scaled = frozenset[str]().union(*(held.scaled for _, held, _ in used))
         mixed: dict[str, MixedDelta] = {}
         for name, place in self._places.items():
             if name in scaled or name in terms:
                 gain = gains[:, place] if gains is not None and name in scaled else None
                 shift = shifts[:, place] if shifts is not None and name in scaled else None
                 pair = low_rank.get(name)
-                mixed[name] = MixedDelta(len(rows), gain, shift, tuple(terms.pop(name, ())), pair)
+                mixed[name] = MixedDelta(rows, gain, shift, tuple(terms.pop(name, ())), pair)
         return mixed, {name: RowNorms(tuple(rest)) for name, rest in terms.items()}
 
     @property

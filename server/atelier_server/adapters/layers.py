@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from atelier_server.adapters.canonical import LoraModule
+
 
 class Delta(Protocol):
     """What is added to the outputs of one layer during a forward."""
@@ -234,6 +236,13 @@ def wrapped(module: nn.Module, name: str, current: Current) -> BankLayer | None:
     if type(module) is nn.Conv2d and module.groups == 1 and module.padding_mode == "zeros":
         return BankConv2d(module, name, current)
     return None
+
+
+def single_row(module: LoraModule, weight: Tensor) -> RowDelta:
+    """The delta of a single row, of a layer with `weight`, that has `module` at weight 1."""
+    a = module.A.to(weight).reshape(module.rank, *weight.shape[1:])
+    b = (module.alpha / module.rank * module.B.float()).to(weight).reshape(-1, module.rank)
+    return RowDelta(a if a.dim() == 4 else a[None], b.t()[None])
 
 
 def is_norm(module: nn.Module) -> bool:
