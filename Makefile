@@ -5,7 +5,7 @@ BIN := .venv/bin
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 export PATH := $(CURDIR)/$(BIN):$(CURDIR)/tools/bin:$(PATH)
 
-.PHONY: pocket demo test soak image-test check tools protos bench clean node-client
+.PHONY: pocket demo test soak image-test check licences sbom tools protos bench clean node-client
 
 .venv: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt
@@ -33,6 +33,8 @@ soak: .venv tools
 image-test: .venv
 	$(BIN)/python -m pytest -m image --capture=no tests/image
 
+# Stubs, rules and dashboard (promtool), manifests (kubernetes-validate, strict), the operations page, licences.
+CHECKED := $(addprefix tests/unit/,test_protos_fresh.py monitoring k8s test_operations.py test_supply.py)
 check: .venv tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,7 +43,15 @@ check: .venv tools
 	$(BIN)/yamllint .
 	$(BIN)/buf lint
 	$(BIN)/buf breaking --against protos/released.binpb
-	$(BIN)/python -m pytest -q tests/unit/test_protos_fresh.py tests/unit/monitoring tests/unit/k8s tests/unit/test_operations.py
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not soak" $(CHECKED)
+	.ci/audit
+
+# docs/licences.md; build/sbom.json in CycloneDX.
+licences: .venv
+	$(BIN)/python .ci/supply.py licences
+
+sbom: .venv
+	$(BIN)/python .ci/supply.py sbom build/sbom.json
 
 # promtool and prometheus into tools/bin, without root.
 tools:
