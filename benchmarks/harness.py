@@ -77,12 +77,12 @@ def row(
         unit=unit,
         ratio=median,
         target=target,
-        met=None if target is None else _meets(median, target),
+        met=None if target is None else meets(median, target),
         samples=samples,
     )
 
 
-def _meets(value: float, target: str) -> bool:
+def meets(value: float, target: str) -> bool:
     direction, bound = target.split()
     return bool(_DIRECTIONS[direction](value, float(bound)))
 

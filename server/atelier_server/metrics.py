@@ -227,7 +227,13 @@ class Metrics:
             self.observe(Sample("training_jobs", counts.get(state, 0), (state.value,)))
 
     def stored_checkpoints(self, count: int) -> None:
+        """Counted anew; between two countings `checkpoint_stored` adds."""
         self.observe(Sample("adapters_resident", count, ("disk",)))
+
+    def checkpoint_stored(self) -> None:
+        series = self._series(Sample("adapters_resident", 1, ("disk",)))
+        assert isinstance(series, Gauge)
+        series.inc()
 
     # ----------------------------------------------------------------------------------------- the worker
     def worker_ready(self) -> None:

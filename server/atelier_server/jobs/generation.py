@@ -11,6 +11,8 @@ from atelier_server.errors import AtelierError, by_reason
 from atelier_server.messages import GenerationCompleted, ImageReady, JobFailed, Progress, Queued
 from atelier_server.origin import NOWHERE, Origin
 
+_ENTRY_BYTES = 4096  # about what a finished generation takes beside its pictures
+
 StreamEvent = Queued | Progress | ImageReady | GenerationCompleted
 
 
@@ -49,7 +51,7 @@ class Generation:
         self._history: list[tuple[int, StreamEvent]] = []
         self._images: set[int] = set()
         self._tick = 0
-        self.image_bytes = 0
+        self.kept_bytes = _ENTRY_BYTES
 
     def publish(self, event: StreamEvent, *, again: bool = False) -> None:
         """Adds an event. A picture that was sent in a former attempt is not sent again, and a position
@@ -60,7 +62,7 @@ class Generation:
                 if event.index in self._images:
                     return
                 self._images.add(event.index)
-                self.image_bytes += len(event.data)
+                self.kept_bytes += len(event.data)
             case Progress():
                 self._history = [e for e in self._history if not isinstance(e[1], Progress)]
             case Queued():

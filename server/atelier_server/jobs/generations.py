@@ -39,7 +39,7 @@ class Generations:
 
     `idle` is set while there is none.
 
-    Results are kept in memory, the oldest dropped once their pictures exceed `keep_bytes`: a repeat that
+    Results are kept in memory, the oldest dropped once they exceed `keep_bytes`: a repeat that
     comes after that is painted again.
     """
 
@@ -210,7 +210,7 @@ class Generations:
         if failure is None and request_id:
             generation.kept_until = self._clock() + self._keep_seconds
             self._finished[request_id] = generation
-            self._finished_bytes += generation.image_bytes
+            self._finished_bytes += generation.kept_bytes
             self._expire()
         elif request_id:
             self._requests.pop(request_id, None)
@@ -223,7 +223,7 @@ class Generations:
                 return
             del self._finished[request_id]
             self._requests.pop(request_id, None)
-            self._finished_bytes -= oldest.image_bytes
+            self._finished_bytes -= oldest.kept_bytes
 
     def _count(self) -> None:
         if self._live:

@@ -189,6 +189,7 @@ class TrainingRuns:
         payload = Checkpointed(step, f"{run.adapter}@{step}", sha256, size_bytes, loss)
         await self._log.append(run.id, payload, step=step)
         run.checkpoints.add(step)
+        self._metrics.checkpoint_stored()
 
     async def _end(
         self,

@@ -103,7 +103,7 @@ async def test_those_who_wait_for_being_alone_let_earlier_ones_finish() -> None:
 
 
 async def test_results_are_kept_for_a_while_within_bytes() -> None:
-    front = Front(keep_bytes=10)
+    front = Front(keep_bytes=5000)
     front.admit("a", "1")
     front.finish("a", 6)
     assert front.generations.join("1", "hash")
