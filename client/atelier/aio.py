@@ -6,26 +6,22 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 
 from atelier import channel, codec, streams
 from atelier.errors import from_rpc
 from atelier.events import Completed, GenerationEvent, GenerationResult, TrainingEvent
-from atelier.fields import GenerateFields, ImportFields, RecipeFields
+from atelier.fields import GenerateFields, RecipeFields
+from atelier.library import AsyncAdapterCalls
 from atelier.records import (
-    Adapter,
-    ExportedAdapter,
-    ImportedAdapter,
-    LoadedAdapter,
     ServerInfo,
     Training,
     TrainingImage,
 )
 from atelier.security import Security
-from atelier.transfer import ExportFile
-from atelier.v1 import adapter_pb2, server_pb2, training_pb2
+from atelier.v1 import server_pb2, training_pb2
 from atelier.v1.adapter_pb2_grpc import AdapterServiceStub
 from atelier.v1.generation_pb2_grpc import GenerationServiceStub
 from atelier.v1.server_pb2_grpc import ServerServiceStub
@@ -37,7 +33,7 @@ Response = TypeVar("Response")
 Event = TypeVar("Event")
 
 
-class AsyncClient:
+class AsyncClient(AsyncAdapterCalls):
     """A connection to one server within one event loop; an async context manager.
 
     `address` is HOST:PORT (default: ATELIER_SERVER, else 127.0.0.1:50051). `timeout` bounds every short
@@ -183,60 +179,6 @@ class AsyncClient:
         """Deletes record, uploaded pictures and samples; the adapter stays."""
         request = training_pb2.DeleteTrainingRequest(training=training)
         await self._call(self._trainings.DeleteTraining, request)
-
-    # -------------------------------------------------------------------------------------------- adapters
-    async def list_adapters(self, *, all_versions: bool = False) -> AsyncIterator[Adapter]:
-        """By name; every adapter's newest version, or all."""
-        request = adapter_pb2.ListAdaptersRequest(all_versions=all_versions)
-        while True:
-            page = await self._call(self._adapters.ListAdapters, request)
-            for adapter in page.adapters:
-                yield decode(Adapter, adapter)
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
-
-    async def get_adapter(self, adapter: str) -> Adapter:
-        request = adapter_pb2.GetAdapterRequest(adapter=adapter)
-        return decode(Adapter, (await self._call(self._adapters.GetAdapter, request)).adapter)
-
-    async def load_adapter(self, adapter: str) -> LoadedAdapter:
-        """Copies a checkpoint into a device slot before it is asked for."""
-        request = adapter_pb2.LoadAdapterRequest(adapter=adapter)
-        loaded = await self._call(self._adapters.LoadAdapter, request)
-        return decode(LoadedAdapter, loaded)
-
-    async def unload_adapter(self, adapter: str) -> int:
-        """Frees its slots; how many those were."""
-        request = adapter_pb2.UnloadAdapterRequest(adapter=adapter)
-        return (await self._call(self._adapters.UnloadAdapter, request)).unloaded
-
-    async def delete_adapter(self, adapter: str) -> None:
-        """All versions of NAME, or one: NAME@vN."""
-        await self._call(self._adapters.DeleteAdapter, adapter_pb2.DeleteAdapterRequest(adapter=adapter))
-
-    async def import_adapter(
-        self, source: str | Path, name: str, **values: Unpack[ImportFields]
-    ) -> ImportedAdapter:
-        """Publishes another tool's adapter: a safetensors file, a folder, or a hub's "OWNER/NAME[/PATH]"."""
-        requests = codec.import_requests(source, name, values)
-        try:
-            return decode(ImportedAdapter, await self._adapters.ImportAdapter(requests))
-        except grpc.RpcError as error:
-            raise from_rpc(error) from error
-
-    async def export_adapter(
-        self, adapter: str, path: str | Path, format: Literal["diffusers", "kohya", "peft"] = "diffusers"
-    ) -> ExportedAdapter:
-        """Writes a checkpoint to `path`; the file appears only when it is whole."""
-        request = codec.export_request(adapter, format)
-        try:
-            with ExportFile(path) as file:
-                async for response in self._adapters.ExportAdapter(request):
-                    file.add(response)
-                return file.finish()
-        except grpc.RpcError as error:
-            raise from_rpc(error) from error
 
     # ---------------------------------------------------------------------------------------------- server
     async def server_info(self) -> ServerInfo:

@@ -6,26 +6,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 
 from atelier import channel, codec, streams
 from atelier.errors import from_rpc
 from atelier.events import Completed, GenerationEvent, GenerationResult, TrainingEvent
-from atelier.fields import GenerateFields, ImportFields, RecipeFields
+from atelier.fields import GenerateFields, RecipeFields
+from atelier.library import AdapterCalls
 from atelier.records import (
-    Adapter,
-    ExportedAdapter,
-    ImportedAdapter,
-    LoadedAdapter,
     ServerInfo,
     Training,
     TrainingImage,
 )
 from atelier.security import Security
-from atelier.transfer import ExportFile
-from atelier.v1 import adapter_pb2, server_pb2, training_pb2
+from atelier.v1 import server_pb2, training_pb2
 from atelier.v1.adapter_pb2_grpc import AdapterServiceStub
 from atelier.v1.generation_pb2_grpc import GenerationServiceStub
 from atelier.v1.server_pb2_grpc import ServerServiceStub
@@ -37,7 +33,7 @@ Response = TypeVar("Response")
 Event = TypeVar("Event")
 
 
-class Client:
+class Client(AdapterCalls):
     """A connection to one server; safe to use from several threads; a context manager.
 
     `address` is HOST:PORT (default: ATELIER_SERVER, else 127.0.0.1:50051). `timeout` bounds every short
@@ -181,58 +177,6 @@ class Client:
         """Deletes record, uploaded pictures and samples; the adapter stays."""
         request = training_pb2.DeleteTrainingRequest(training=training)
         self._call(self._trainings.DeleteTraining, request)
-
-    # -------------------------------------------------------------------------------------------- adapters
-    def list_adapters(self, *, all_versions: bool = False) -> Iterator[Adapter]:
-        """By name; every adapter's newest version, or all."""
-        request = adapter_pb2.ListAdaptersRequest(all_versions=all_versions)
-        while True:
-            page = self._call(self._adapters.ListAdapters, request)
-            yield from (decode(Adapter, adapter) for adapter in page.adapters)
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
-
-    def get_adapter(self, adapter: str) -> Adapter:
-        request = adapter_pb2.GetAdapterRequest(adapter=adapter)
-        return decode(Adapter, self._call(self._adapters.GetAdapter, request).adapter)
-
-    def load_adapter(self, adapter: str) -> LoadedAdapter:
-        """Copies a checkpoint into a device slot before it is asked for."""
-        request = adapter_pb2.LoadAdapterRequest(adapter=adapter)
-        return decode(LoadedAdapter, self._call(self._adapters.LoadAdapter, request))
-
-    def unload_adapter(self, adapter: str) -> int:
-        """Frees its slots; how many those were."""
-        request = adapter_pb2.UnloadAdapterRequest(adapter=adapter)
-        return self._call(self._adapters.UnloadAdapter, request).unloaded
-
-    def delete_adapter(self, adapter: str) -> None:
-        """All versions of NAME, or one: NAME@vN."""
-        self._call(self._adapters.DeleteAdapter, adapter_pb2.DeleteAdapterRequest(adapter=adapter))
-
-    def import_adapter(
-        self, source: str | Path, name: str, **values: Unpack[ImportFields]
-    ) -> ImportedAdapter:
-        """Publishes another tool's adapter: a safetensors file, a folder, or a hub's "OWNER/NAME[/PATH]"."""
-        requests = codec.import_requests(source, name, values)
-        try:
-            return decode(ImportedAdapter, self._adapters.ImportAdapter(requests))
-        except grpc.RpcError as error:
-            raise from_rpc(error) from error
-
-    def export_adapter(
-        self, adapter: str, path: str | Path, format: Literal["diffusers", "kohya", "peft"] = "diffusers"
-    ) -> ExportedAdapter:
-        """Writes a checkpoint to `path`; the file appears only when it is whole."""
-        request = codec.export_request(adapter, format)
-        try:
-            with ExportFile(path) as file:
-                for response in self._adapters.ExportAdapter(request):
-                    file.add(response)
-                return file.finish()
-        except grpc.RpcError as error:
-            raise from_rpc(error) from error
 
     # ---------------------------------------------------------------------------------------------- server
     def server_info(self) -> ServerInfo:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,19 @@ def import_requests(
             yield adapter_pb2.ImportAdapterRequest(chunk=data)
 
     return requests()
+
+
+def list_request(values: Mapping[str, object]) -> adapter_pb2.ListAdaptersRequest:
+    """The first page's."""
+    fields.check("list_adapters", values, fields.ListFields.__annotations__)
+    request = adapter_pb2.ListAdaptersRequest()
+    fill(request, values)
+    return request
+
+
+def time_of(message: Message, field: str) -> datetime | None:
+    """A timestamp of a message; None if it is absent."""
+    return wire.decode_time(getattr(message, field)) if message.HasField(field) else None
 
 
 def export_request(adapter: str, layout: str) -> adapter_pb2.ExportAdapterRequest:

@@ -1,6 +1,6 @@
-"""The keyword arguments of `generate` and `train`, once.
+"""The keyword arguments of `generate`, `train` and `list_adapters`, once.
 
-From these two tables come the types of the SDK, the check for unknown keywords and the flags of the
+From these tables come the types of the SDK, the check for unknown keywords and the flags of the
 command line. Names are the contract's; a field that is left out has the server's default, told at its end.
 """
 
@@ -87,6 +87,23 @@ class RecipeFields(TypedDict, total=False):
     gradient_checkpointing: Annotated[bool, "trade time for memory (default: no)"]
     snr_gamma: Annotated[float, "min-SNR weighting (arXiv 2303.09556), usually 5 (default: none)"]
     caption_dropout: Annotated[float, "share of captions replaced by the empty prompt (default: 0)"]
+
+
+class ListFields(TypedDict, total=False):
+    """`ListAdaptersRequest` but for its pages."""
+
+    all_versions: Annotated[bool, "not only the newest (default: no)"]
+    name_prefix: Annotated[str, "names that begin with this"]
+    tag: Annotated[str, "with this tag on a checkpoint"]
+    base: Annotated[str, "made for this base: a family (sd1), a reference, or the start of a digest"]
+    resident: Annotated[bool, "with, or without, a checkpoint in a device slot"]
+    order_by: Annotated[
+        str, 'name, create_time, last_used_time or size_bytes; also "size_bytes desc" (default: name)'
+    ]
+    view: Annotated[
+        Literal["thumbnails", "deleted"],
+        "thumbnails: with their pictures; deleted: what can be undeleted, instead",
+    ]
 
 
 def check(call: str, names: Iterable[str], known: Iterable[str]) -> None:

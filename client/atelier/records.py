@@ -21,6 +21,10 @@ class Checkpoint:
     create_time: datetime | None
     loss: float | None
     resident: bool
+    tags: tuple[str, ...] = ()
+    damaged: bool = False
+    tier: str = "unspecified"
+    last_used_time: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +99,11 @@ class AdapterReport:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One version of an adapter with its checkpoints in the order of their steps."""
+    """One version of an adapter with its checkpoints in the order of their steps.
+
+    `thumbnail` is a small WebP file, b"" if there is none or it was not asked for; `tier` is device,
+    host, disk or remote.
+    """
 
     name: str
     version: int
@@ -109,6 +117,16 @@ class Adapter:
     base_sha256: str
     training: str
     create_time: datetime | None
+    family: str = ""
+    note: str = ""
+    thumbnail: bytes = field(default=b"", repr=False)
+    damaged: bool = False
+    size_bytes: int = 0
+    last_used_time: datetime | None = None
+    delete_time: datetime | None = None
+    expire_time: datetime | None = None
+    tier: str = "unspecified"
+    recipe: Mapping[str, Any] = field(default_factory=dict)
     report: AdapterReport | None = None
 
 

@@ -31,39 +31,41 @@ def contact_sheet(
     *,
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
+    captions: Sequence[Sequence[str]] = (),
     title: str = "",
     layout: Layout | None = None,
 ) -> Image.Image:
     """An RGB picture of the grid. `rows` hold picture files; None leaves an empty frame.
 
-    Column labels are centred above their columns, row labels stand left of their rows, wrapped. ValueError if
-    there is no picture at all.
+    Column labels are centred above their columns, row labels stand left of their rows, `captions` under
+    their cells, wrapped. ValueError if there is no cell at all.
     """
     sizes = layout or Layout()
     columns = max((len(row) for row in rows), default=0)
     if columns == 0:
         raise ValueError("a contact sheet needs at least one picture")
     label, heading = _font(sizes.label_size), _font(sizes.title_size)
+    line, heading_line = round(sizes.label_size * 1.35), round(sizes.title_size * 1.35)
+    under = [[wrap(_broken(text, label, sizes.cell), label, sizes.cell) for text in row] for row in captions]
+    foot = max((len(text) for row in under for text in row), default=0) * line
     pitch = sizes.cell + sizes.gap
+    row_pitch = pitch + foot
     left = sizes.margin + (_row_label_width(row_labels, label, sizes) if any(row_labels) else 0)
     width = left + columns * pitch - sizes.gap + sizes.margin
     titles = wrap(title, heading, width - 2 * sizes.margin) if title else []
     heads = [wrap(text, label, sizes.cell) for text in column_labels]
-    line, heading_line = round(sizes.label_size * 1.35), round(sizes.title_size * 1.35)
     top = sizes.margin + len(titles) * heading_line + (sizes.gap if titles else 0)
     head_height = max((len(head) for head in heads), default=0) * line
     first = top + head_height + (sizes.gap if head_height else 0)
-    sheet = Image.new("RGB", (width, first + len(rows) * pitch - sizes.gap + sizes.margin), PAPER)
+    sheet = Image.new("RGB", (width, first + len(rows) * row_pitch - sizes.gap + sizes.margin), PAPER)
     draw = ImageDraw.Draw(sheet)
     for number, text in enumerate(titles):
         draw.text((sizes.margin, sizes.margin + number * heading_line), text, INK, heading)
     for column, head in enumerate(heads):
         centre = left + column * pitch + sizes.cell // 2
-        for number, text in enumerate(head):
-            above = (len(head) - number) * line
-            draw.text((centre, top + head_height - above), text, INK, label, anchor="ma")
+        _centred(draw, head, (centre, top + head_height - len(head) * line), label, line)
     for number, row in enumerate(rows):
-        y = first + number * pitch
+        y = first + number * row_pitch
         if number < len(row_labels):
             _row_label(
                 draw,
@@ -74,7 +76,12 @@ def contact_sheet(
                 sizes=sizes,
             )
         for column, data in enumerate(row):
-            _place(sheet, draw, data, (left + column * pitch, y), sizes.cell)
+            at = (left + column * pitch, y)
+            _place(sheet, draw, data, at, sizes.cell)
+            if number < len(under) and column < len(under[number]):
+                _centred(
+                    draw, under[number][column], (at[0] + sizes.cell // 2, y + sizes.cell + 2), label, line
+                )
     return sheet
 
 
@@ -94,6 +101,27 @@ def wrap(text: str, font: Font, width: int) -> list[str]:
         else:
             lines[-1] = longer
     return lines
+
+
+def _broken(text: str, font: Font, width: int) -> str:
+    """`text` with words that are wider than `width` cut into pieces."""
+    words = []
+    for word in text.split():
+        rest = word
+        while font.getlength(rest) > width and len(rest) > 1:
+            fits = max(n for n in range(1, len(rest)) if n == 1 or font.getlength(rest[:n]) <= width)
+            words.append(rest[:fits])
+            rest = rest[fits:]
+        words.append(rest)
+    return " ".join(words)
+
+
+def _centred(
+    draw: ImageDraw.ImageDraw, lines: Sequence[str], at: tuple[int, int], font: Font, line: int
+) -> None:
+    """Lines below one another, the first with the middle of its top at `at`."""
+    for number, text in enumerate(lines):
+        draw.text((at[0], at[1] + number * line), text, INK, font, anchor="ma")
 
 
 def _font(size: int) -> Font:

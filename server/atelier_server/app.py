@@ -21,6 +21,8 @@ from atelier_server.jobs.book import Book
 from atelier_server.jobs.calls import Calls
 from atelier_server.jobs.dispatch import CannotStart, Dispatcher, WorkerStatus
 from atelier_server.jobs.generations import Generations
+from atelier_server.jobs.last_used import LastUsed
+from atelier_server.jobs.listing import Listing
 from atelier_server.jobs.training_log import TrainingLog
 from atelier_server.jobs.training_runs import TrainingRuns, count_checkpoints
 from atelier_server.jobs.trainings import Trainings
@@ -77,14 +79,18 @@ class Application:
             row_seconds=lambda: self.status.costs.row_seconds,
         )
         calls = Calls(send)
-        wardrobe = Wardrobe(
+        self._last_used = LastUsed(root / "last-used.json")
+        wardrobe = self._wardrobe = Wardrobe(
             self._store,
             calls=calls,
             generations=self.generations,
             trainings=self.trainings,
             uploads=self._uploads,
             metrics=self.metrics,
-            resident=self.status.resident,
+            listing=Listing(
+                self._store, self._last_used, self.status.resident, settings.retention_days * 86400
+            ),
+            last_used=self._last_used,
         )
         self._dispatcher = Dispatcher(
             self.worker,
@@ -111,6 +117,7 @@ class Application:
         self._health_server = build_health_server(self._health) if settings.health_port >= 0 else None
         self._metrics_server: MetricsServer | None = None
         self._dispatching: asyncio.Task[None] | None = None
+        self._housekeeping: asyncio.Task[None] | None = None
         self._leave = asyncio.Event()
         self._hurry = asyncio.Event()
         self.port = 0
@@ -145,6 +152,7 @@ class Application:
             await self._health_server.start()
         self._announce()
         self._dispatching = asyncio.create_task(self._dispatcher.run(), name="dispatch")
+        self._housekeeping = asyncio.create_task(self._wardrobe.keep_house(), name="housekeeping")
 
     async def _worker_changed(self) -> None:
         await self._health.set_ready(self.status.ready)
@@ -209,9 +217,11 @@ class Application:
     async def stop(self) -> None:
         """Frees everything, in whatever state it is; trainings stay as they are written."""
         self._dispatcher.draining = True
-        if self._dispatching is not None:
-            self._dispatching.cancel()
-            await asyncio.gather(self._dispatching, return_exceptions=True)
+        tasks = [task for task in (self._dispatching, self._housekeeping) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.to_thread(self._last_used.write)
         self.worker.kill()
         await self.worker.stop()
         await self._runs.stop()

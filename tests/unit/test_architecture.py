@@ -29,7 +29,7 @@ STORE = {
     f"adapters.{name}"
     for name in (
         *("store", "reference", "records", "labels", "trash", "catalog"),
-        *("blobs", "objects", "cache", "staging", "layout", "folder"),
+        *("blobs", "objects", "cache", "shelf", "staging", "layout", "folder"),
     )
 }
 ROOMS: dict[str, set[str]] = {

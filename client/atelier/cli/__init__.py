@@ -7,6 +7,7 @@ from atelier.cli.adapters import adapters
 from atelier.cli.demo import demo
 from atelier.cli.generate import generate
 from atelier.cli.info import info
+from atelier.cli.labels import note, tag, undelete, untag
 from atelier.cli.serve import serve
 from atelier.cli.token import token
 from atelier.cli.train import train
@@ -19,6 +20,8 @@ cli.command(
 )(serve)
 for command in (demo, train, generate, info):
     cli.command()(command)
+for label in (tag, untag, note, undelete):
+    adapters.command()(label)
 cli.add_typer(adapters, name="adapters")
 cli.add_typer(trainings, name="trainings")
 cli.add_typer(token, name="token")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from atelier.cli import adapter_report, app, flags, output
+from atelier.cli import adapter_report, app, flags, library, output
 from atelier.cli.connection import connect
-from atelier.records import Adapter
+from atelier.fields import ListFields
 
 adapters = app.group("What the server has learned: list, inspect, move.")
 
@@ -19,25 +17,27 @@ Reference = Annotated[str, typer.Argument(metavar="REF", help="NAME, NAME@STEP o
 
 
 @adapters.command("list")
+@flags.with_fields(ListFields, "Which, and in which order")
 def list_(
     *,
-    all_versions: Annotated[bool, typer.Option("--all-versions", help="not only the newest")] = False,
+    sheet: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="also a contact sheet of their thumbnails, PNG")
+    ] = None,
     server: flags.Server = flags.DEFAULT_SERVER,
     json: flags.Json = False,
+    fields: dict[str, Any],
 ) -> None:
     """List adapters by name."""
+    if sheet is not None:
+        fields = {"view": "thumbnails", **fields}
     with connect(server) as client:
-        found = list(client.list_adapters(all_versions=all_versions))
+        found = list(client.list_adapters(**fields))
+    if sheet is not None:
+        library.sheet(found).save(sheet, "PNG")
     if json:
         output.print_json({"adapters": [output.record(adapter) for adapter in found]})
-        return
-    table = Table("name", "version", "recommended", "steps", "rank", "trigger", "created", box=None)
-    for adapter in found:
-        steps = ", ".join(str(checkpoint.step) for checkpoint in adapter.checkpoints)
-        recommended = f"{adapter.name}@{adapter.recommended_step}" if adapter.checkpoints else "-"
-        version, created = f"v{adapter.version}", output.day(adapter.create_time)
-        table.add_row(adapter.name, version, recommended, steps, str(adapter.rank), adapter.trigger, created)
-    Console().print(table)
+    else:
+        library.print_table(library.table(found))
 
 
 @adapters.command()
@@ -46,7 +46,11 @@ def show(
 ) -> None:
     """Describe one version with all its checkpoints."""
     with connect(server) as client:
-        _show(client.get_adapter(adapter), json)
+        found = client.get_adapter(adapter)
+    if json:
+        output.print_json(output.record(found))
+    else:
+        library.show(found)
 
 
 @adapters.command()
@@ -82,13 +86,14 @@ def delete(
     server: flags.Server = flags.DEFAULT_SERVER,
     json: flags.Json = False,
 ) -> None:
-    """Delete an adapter with all its versions, or one version."""
+    """Delete an adapter with all its versions, or one version. `adapters undelete` brings it back."""
     with connect(server) as client:
-        client.delete_adapter(adapter)
+        until = client.delete_adapter(adapter)
     if json:
-        output.print_json({})
+        output.print_json({"expire_time": f"{until:%Y-%m-%dT%H:%M:%SZ}"} if until else {})
     else:
-        output.out(f"{adapter} deleted")
+        kept = f"; `atelier adapters undelete {adapter}` brings it back until {output.day(until)}"
+        output.out(f"{adapter} deleted{kept if until else ''}")
 
 
 @adapters.command("import")
@@ -142,26 +147,3 @@ def export(
         output.print_json({**output.record(exported), "path": str(exported.path)})
     else:
         output.out(f"{exported.path}  {exported.adapter}  {output.size(exported.size_bytes)}")
-
-
-def _show(adapter: Adapter, json: bool) -> None:
-    if json:
-        output.print_json(output.record(adapter))
-        return
-    output.out(f"{adapter.name}@v{adapter.version}  {adapter.trigger!r}")
-    output.out(f"rank {adapter.rank}, alpha {adapter.lora_alpha:g}, base {adapter.base_model}")
-    output.out(f"training {adapter.training or '-'}, {output.day(adapter.create_time)}")
-    table = Table("checkpoint", "loss", "size", "resident", "sha256", box=None)
-    for checkpoint in adapter.checkpoints:
-        mark = "  (recommended)" if checkpoint.step == adapter.recommended_step else ""
-        table.add_row(
-            f"{adapter.name}@{checkpoint.step}{mark}",
-            "-" if checkpoint.loss is None else f"{checkpoint.loss:.4f}",
-            output.size(checkpoint.size_bytes),
-            "yes" if checkpoint.resident else "",
-            checkpoint.sha256[:12],
-        )
-    Console().print(table)
-    if adapter.report is not None:
-        output.out("imported:")
-        adapter_report.show(adapter.report)

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from atelier import wire
 from atelier.errors import AtelierError
 from atelier.events import TrainingEvent
-from atelier.v1 import training_pb2
+from atelier.v1 import adapter_pb2, training_pb2
 
 _TRAINING_KINDS = {
     field.message_type.full_name: field.name
@@ -48,6 +48,9 @@ def as_dict(message: Message) -> dict[str, Any]:
 def record(value: Any) -> dict[str, Any]:
     """A record as its message's JSON, without the bytes of pictures."""
     message = wire.encode(value)
+    for adapter in (message, getattr(message, "adapter", None)):
+        if isinstance(adapter, adapter_pb2.Adapter):
+            adapter.ClearField("thumbnail")
     if "data" in message.DESCRIPTOR.fields_by_name:
         message.ClearField("data")
         return {name: v for name, v in as_dict(message).items() if name not in ("data", "offset", "last")}

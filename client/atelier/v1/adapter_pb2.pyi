@@ -3,6 +3,7 @@
 isort:skip_file
 Adapters: what the service has learned or imported, kept in its store."""
 
+from atelier.v1 import training_pb2 as _training_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -19,6 +20,60 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _AdapterTier:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AdapterTierEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterTier.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ADAPTER_TIER_UNSPECIFIED: _AdapterTier.ValueType  # 0
+    ADAPTER_TIER_DEVICE: _AdapterTier.ValueType  # 1
+    """In a slot of the device."""
+    ADAPTER_TIER_HOST: _AdapterTier.ValueType  # 2
+    """In the memory of the machine."""
+    ADAPTER_TIER_DISK: _AdapterTier.ValueType  # 3
+    """On a disk of the machine."""
+    ADAPTER_TIER_REMOTE: _AdapterTier.ValueType  # 4
+    """In a remote store; it is fetched when it is first used."""
+
+class AdapterTier(_AdapterTier, metaclass=_AdapterTierEnumTypeWrapper):
+    """Where a checkpoint lies, the nearest place first."""
+
+ADAPTER_TIER_UNSPECIFIED: AdapterTier.ValueType  # 0
+ADAPTER_TIER_DEVICE: AdapterTier.ValueType  # 1
+"""In a slot of the device."""
+ADAPTER_TIER_HOST: AdapterTier.ValueType  # 2
+"""In the memory of the machine."""
+ADAPTER_TIER_DISK: AdapterTier.ValueType  # 3
+"""On a disk of the machine."""
+ADAPTER_TIER_REMOTE: AdapterTier.ValueType  # 4
+"""In a remote store; it is fetched when it is first used."""
+Global___AdapterTier: _TypeAlias = AdapterTier  # noqa: Y015
+
+class _AdapterView:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AdapterViewEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterView.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ADAPTER_VIEW_UNSPECIFIED: _AdapterView.ValueType  # 0
+    """Adapters without their thumbnails."""
+    ADAPTER_VIEW_THUMBNAILS: _AdapterView.ValueType  # 1
+    """With their thumbnails; at most 100 a page."""
+    ADAPTER_VIEW_DELETED: _AdapterView.ValueType  # 2
+    """What has been deleted and can be undeleted, every version."""
+
+class AdapterView(_AdapterView, metaclass=_AdapterViewEnumTypeWrapper):
+    """What ListAdapters tells."""
+
+ADAPTER_VIEW_UNSPECIFIED: AdapterView.ValueType  # 0
+"""Adapters without their thumbnails."""
+ADAPTER_VIEW_THUMBNAILS: AdapterView.ValueType  # 1
+"""With their thumbnails; at most 100 a page."""
+ADAPTER_VIEW_DELETED: AdapterView.ValueType  # 2
+"""What has been deleted and can be undeleted, every version."""
+Global___AdapterView: _TypeAlias = AdapterView  # noqa: Y015
 
 class _AdapterFormat:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -58,6 +113,10 @@ class Checkpoint(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
     RESIDENT_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    DAMAGED_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    LAST_USED_TIME_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """The training step it was published at; 0 for an import."""
     sha256: _builtins.str
@@ -67,8 +126,19 @@ class Checkpoint(_message.Message):
     """Mean training loss since the checkpoint before; absent for an import."""
     resident: _builtins.bool
     """Whether it lies in a device slot now."""
+    damaged: _builtins.bool
+    """Its file is missing or does not match its checksum: DATA_LOSS until the same content is imported again."""
+    tier: Global___AdapterTier.ValueType
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The tags that are on it, v1 and the like not among them."""
+
+    @_builtins.property
+    def last_used_time(self) -> _timestamp_pb2.Timestamp:
+        """When a generation of this server last used it."""
+
     def __init__(
         self,
         *,
@@ -78,10 +148,14 @@ class Checkpoint(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         loss: _builtins.float | None = ...,
         resident: _builtins.bool = ...,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
+        damaged: _builtins.bool = ...,
+        tier: Global___AdapterTier.ValueType = ...,
+        last_used_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "create_time", b"create_time", "loss", b"loss"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "create_time", b"create_time", "last_used_time", b"last_used_time", "loss", b"loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "create_time", b"create_time", "loss", b"loss", "resident", b"resident", "sha256", b"sha256", "size_bytes", b"size_bytes", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "create_time", b"create_time", "damaged", b"damaged", "last_used_time", b"last_used_time", "loss", b"loss", "resident", b"resident", "sha256", b"sha256", "size_bytes", b"size_bytes", "step", b"step", "tags", b"tags", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
@@ -107,6 +181,16 @@ class Adapter(_message.Message):
     BASE_SHA256_FIELD_NUMBER: _builtins.int
     TRAINING_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    FAMILY_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    THUMBNAIL_FIELD_NUMBER: _builtins.int
+    DAMAGED_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    LAST_USED_TIME_FIELD_NUMBER: _builtins.int
+    DELETE_TIME_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    RECIPE_FIELD_NUMBER: _builtins.int
     REPORT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """[a-z]([a-z0-9-]{0,61}[a-z0-9])?"""
@@ -123,6 +207,17 @@ class Adapter(_message.Message):
     base_sha256: _builtins.str
     training: _builtins.str
     """The training that made it; empty for an import."""
+    family: _builtins.str
+    """The family of its base model, e.g. sd1."""
+    note: _builtins.str
+    thumbnail: _builtins.bytes
+    """A small WebP picture, where there is one; with GetAdapter and ADAPTER_VIEW_THUMBNAILS only."""
+    damaged: _builtins.bool
+    """Whether a checkpoint is damaged."""
+    size_bytes: _builtins.int
+    """All stored files of all its checkpoints."""
+    tier: Global___AdapterTier.ValueType
+    """Of the recommended checkpoint."""
     @_builtins.property
     def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -131,6 +226,18 @@ class Adapter(_message.Message):
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def last_used_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def delete_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was deleted, and from when on it cannot be undeleted; absent unless it was."""
+
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def recipe(self) -> _training_pb2.TrainingRecipe:
+        """How it was trained; with GetAdapter only, absent for an import."""
+
     @_builtins.property
     def report(self) -> Global___AdapterReport:
         """What its import understood of the file; absent for a training's, and in lists."""
@@ -150,11 +257,21 @@ class Adapter(_message.Message):
         base_sha256: _builtins.str = ...,
         training: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        family: _builtins.str = ...,
+        note: _builtins.str = ...,
+        thumbnail: _builtins.bytes = ...,
+        damaged: _builtins.bool = ...,
+        size_bytes: _builtins.int = ...,
+        last_used_time: _timestamp_pb2.Timestamp | None = ...,
+        delete_time: _timestamp_pb2.Timestamp | None = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+        tier: Global___AdapterTier.ValueType = ...,
+        recipe: _training_pb2.TrainingRecipe | None = ...,
         report: Global___AdapterReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "report", b"report"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "delete_time", b"delete_time", "expire_time", b"expire_time", "last_used_time", b"last_used_time", "recipe", b"recipe", "report", b"report"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "base_sha256", b"base_sha256", "checkpoints", b"checkpoints", "create_time", b"create_time", "lora_alpha", b"lora_alpha", "name", b"name", "rank", b"rank", "recommended_step", b"recommended_step", "report", b"report", "tags", b"tags", "training", b"training", "trigger", b"trigger", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "base_sha256", b"base_sha256", "checkpoints", b"checkpoints", "create_time", b"create_time", "damaged", b"damaged", "delete_time", b"delete_time", "expire_time", b"expire_time", "family", b"family", "last_used_time", b"last_used_time", "lora_alpha", b"lora_alpha", "name", b"name", "note", b"note", "rank", b"rank", "recipe", b"recipe", "recommended_step", b"recommended_step", "report", b"report", "size_bytes", b"size_bytes", "tags", b"tags", "thumbnail", b"thumbnail", "tier", b"tier", "training", b"training", "trigger", b"trigger", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -415,22 +532,47 @@ class ListAdaptersRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     ALL_VERSIONS_FIELD_NUMBER: _builtins.int
+    NAME_PREFIX_FIELD_NUMBER: _builtins.int
+    TAG_FIELD_NUMBER: _builtins.int
+    BASE_FIELD_NUMBER: _builtins.int
+    RESIDENT_FIELD_NUMBER: _builtins.int
+    ORDER_BY_FIELD_NUMBER: _builtins.int
+    VIEW_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """At most 1000; 0 means 100."""
     page_token: _builtins.str
     all_versions: _builtins.bool
+    name_prefix: _builtins.str
+    """Only names that begin with this."""
+    tag: _builtins.str
+    """Only versions on which (or on a checkpoint of which) this tag is."""
+    base: _builtins.str
+    """Only those made for this base: a family (sd1), a reference, or the beginning of a digest."""
+    resident: _builtins.bool
+    """Only those with, or without, a checkpoint in a device slot."""
+    order_by: _builtins.str
+    """name (the default), create_time, last_used_time or size_bytes, each also followed by " desc"."""
+    view: Global___AdapterView.ValueType
     def __init__(
         self,
         *,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
         all_versions: _builtins.bool = ...,
+        name_prefix: _builtins.str = ...,
+        tag: _builtins.str = ...,
+        base: _builtins.str = ...,
+        resident: _builtins.bool | None = ...,
+        order_by: _builtins.str = ...,
+        view: Global___AdapterView.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_resident", b"_resident", "resident", b"resident"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_versions", b"all_versions", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_resident", b"_resident", "all_versions", b"all_versions", "base", b"base", "name_prefix", b"name_prefix", "order_by", b"order_by", "page_size", b"page_size", "page_token", b"page_token", "resident", b"resident", "tag", b"tag", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__resident: _TypeAlias = _typing.Literal["resident"]  # noqa: Y015
+    _WhichOneofArgType__resident: _TypeAlias = _typing.Literal["_resident", b"_resident"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__resident) -> _WhichOneofReturnType__resident | None: ...
 
 Global___ListAdaptersRequest: _TypeAlias = ListAdaptersRequest  # noqa: Y015
 
@@ -606,12 +748,19 @@ Global___DeleteAdapterRequest: _TypeAlias = DeleteAdapterRequest  # noqa: Y015
 class DeleteAdapterResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """From then on it cannot be undeleted."""
+
     def __init__(
         self,
+        *,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -824,3 +973,192 @@ class ExportAdapterResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 
 Global___ExportAdapterResponse: _TypeAlias = ExportAdapterResponse  # noqa: Y015
+
+@_typing.final
+class UndeleteAdapterRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """NAME, or NAME@vN for one version."""
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UndeleteAdapterRequest: _TypeAlias = UndeleteAdapterRequest  # noqa: Y015
+
+@_typing.final
+class UndeleteAdapterResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
+        """The versions that are back."""
+
+    def __init__(
+        self,
+        *,
+        adapters: _abc.Iterable[Global___Adapter] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UndeleteAdapterResponse: _TypeAlias = UndeleteAdapterResponse  # noqa: Y015
+
+@_typing.final
+class TagAdapterRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    TAG_FIELD_NUMBER: _builtins.int
+    EXPECTED_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """NAME[@STEP|@TAG]: the checkpoint."""
+    tag: _builtins.str
+    """[a-z]([a-z0-9-]{0,30}[a-z0-9])?, but not v1, v2, ..."""
+    expected: _builtins.str
+    """Move it only if it is there: vN@STEP as `previous` tells it, or empty for "not set". Absent: wherever it is."""
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        tag: _builtins.str = ...,
+        expected: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected", b"_expected", "expected", b"expected"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected", b"_expected", "adapter", b"adapter", "expected", b"expected", "tag", b"tag"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expected: _TypeAlias = _typing.Literal["expected"]  # noqa: Y015
+    _WhichOneofArgType__expected: _TypeAlias = _typing.Literal["_expected", b"_expected"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected) -> _WhichOneofReturnType__expected | None: ...
+
+Global___TagAdapterRequest: _TypeAlias = TagAdapterRequest  # noqa: Y015
+
+@_typing.final
+class TagAdapterResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    PREVIOUS_FIELD_NUMBER: _builtins.int
+    previous: _builtins.str
+    """What the tag was on, as vN@STEP; empty if it was not set."""
+    @_builtins.property
+    def adapter(self) -> Global___Adapter: ...
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+        previous: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "previous", b"previous"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TagAdapterResponse: _TypeAlias = TagAdapterResponse  # noqa: Y015
+
+@_typing.final
+class UntagAdapterRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    TAG_FIELD_NUMBER: _builtins.int
+    EXPECTED_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """NAME"""
+    tag: _builtins.str
+    expected: _builtins.str
+    """Remove it only if it is there: vN@STEP. Absent: wherever it is."""
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        tag: _builtins.str = ...,
+        expected: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected", b"_expected", "expected", b"expected"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected", b"_expected", "adapter", b"adapter", "expected", b"expected", "tag", b"tag"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expected: _TypeAlias = _typing.Literal["expected"]  # noqa: Y015
+    _WhichOneofArgType__expected: _TypeAlias = _typing.Literal["_expected", b"_expected"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected) -> _WhichOneofReturnType__expected | None: ...
+
+Global___UntagAdapterRequest: _TypeAlias = UntagAdapterRequest  # noqa: Y015
+
+@_typing.final
+class UntagAdapterResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREVIOUS_FIELD_NUMBER: _builtins.int
+    previous: _builtins.str
+    """What the tag was on, as vN@STEP."""
+    def __init__(
+        self,
+        *,
+        previous: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["previous", b"previous"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UntagAdapterResponse: _TypeAlias = UntagAdapterResponse  # noqa: Y015
+
+@_typing.final
+class AnnotateAdapterRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """NAME[@STEP|@TAG]; the note is on its version."""
+    note: _builtins.str
+    """At most 10,000 characters."""
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        note: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "note", b"note"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AnnotateAdapterRequest: _TypeAlias = AnnotateAdapterRequest  # noqa: Y015
+
+@_typing.final
+class AnnotateAdapterResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter: ...
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AnnotateAdapterResponse: _TypeAlias = AnnotateAdapterResponse  # noqa: Y015

@@ -71,6 +71,26 @@ class AdapterServiceStub:
                 request_serializer=atelier_dot_v1_dot_adapter__pb2.ExportAdapterRequest.SerializeToString,
                 response_deserializer=atelier_dot_v1_dot_adapter__pb2.ExportAdapterResponse.FromString,
                 _registered_method=True)
+        self.UndeleteAdapter = channel.unary_unary(
+                '/atelier.v1.AdapterService/UndeleteAdapter',
+                request_serializer=atelier_dot_v1_dot_adapter__pb2.UndeleteAdapterRequest.SerializeToString,
+                response_deserializer=atelier_dot_v1_dot_adapter__pb2.UndeleteAdapterResponse.FromString,
+                _registered_method=True)
+        self.TagAdapter = channel.unary_unary(
+                '/atelier.v1.AdapterService/TagAdapter',
+                request_serializer=atelier_dot_v1_dot_adapter__pb2.TagAdapterRequest.SerializeToString,
+                response_deserializer=atelier_dot_v1_dot_adapter__pb2.TagAdapterResponse.FromString,
+                _registered_method=True)
+        self.UntagAdapter = channel.unary_unary(
+                '/atelier.v1.AdapterService/UntagAdapter',
+                request_serializer=atelier_dot_v1_dot_adapter__pb2.UntagAdapterRequest.SerializeToString,
+                response_deserializer=atelier_dot_v1_dot_adapter__pb2.UntagAdapterResponse.FromString,
+                _registered_method=True)
+        self.AnnotateAdapter = channel.unary_unary(
+                '/atelier.v1.AdapterService/AnnotateAdapter',
+                request_serializer=atelier_dot_v1_dot_adapter__pb2.AnnotateAdapterRequest.SerializeToString,
+                response_deserializer=atelier_dot_v1_dot_adapter__pb2.AnnotateAdapterResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterServiceServicer:
@@ -79,9 +99,11 @@ class AdapterServiceServicer:
     """
 
     def ListAdapters(self, request, context):
-        """Lists adapters by name, in the order of their names; one entry is an adapter's newest version
-        unless `all_versions` is set.
-        INVALID_ARGUMENT: page_size is negative, or page_token was not given by this method.
+        """Lists adapters, in the order of their names unless `order_by` says otherwise; one entry is an
+        adapter's newest version unless `all_versions` is set. While adapters come and go, an entry that stays
+        is on one page exactly.
+        INVALID_ARGUMENT: page_size is negative, order_by is none of those named there, or page_token was not
+        given by this method with the same filters and order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -112,7 +134,8 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteAdapter(self, request, context):
-        """Deletes an adapter with all its versions and checkpoints, or one version (NAME@vN).
+        """Deletes an adapter with all its versions and checkpoints, or one version (NAME@vN): it is hidden at
+        once, can be undeleted for as long as the server keeps it, and its name is free.
         NOT_FOUND: no such adapter. FAILED_PRECONDITION: a training is writing it, or a generation that
         has not finished uses it.
         """
@@ -138,6 +161,39 @@ class AdapterServiceServicer:
         """Streams one checkpoint as a single safetensors file. Order: one `metadata` message, then chunks.
         The stream ends with OK after the last chunk.
         NOT_FOUND: no such adapter. DATA_LOSS: the stored file does not match its checksum.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UndeleteAdapter(self, request, context):
+        """Brings a deleted adapter back, all its versions or one (NAME@vN). Idempotent while it is kept.
+        NOT_FOUND: nothing of that name is kept any more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TagAdapter(self, request, context):
+        """Puts a tag on a checkpoint, or moves it there: NAME@TAG means that checkpoint from now on.
+        NOT_FOUND: no such adapter. INVALID_ARGUMENT: a tag that is none, or that is reserved (v1, v2, ...).
+        ABORTED: the tag is not on what is `expected`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UntagAdapter(self, request, context):
+        """Takes a tag away.
+        NOT_FOUND: no such adapter or tag. ABORTED: the tag is not on what is `expected`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AnnotateAdapter(self, request, context):
+        """Writes a note on a version, in place of the one before; an empty one removes it.
+        NOT_FOUND: no such adapter. INVALID_ARGUMENT: the note is too long.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -180,6 +236,26 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.ExportAdapter,
                     request_deserializer=atelier_dot_v1_dot_adapter__pb2.ExportAdapterRequest.FromString,
                     response_serializer=atelier_dot_v1_dot_adapter__pb2.ExportAdapterResponse.SerializeToString,
+            ),
+            'UndeleteAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UndeleteAdapter,
+                    request_deserializer=atelier_dot_v1_dot_adapter__pb2.UndeleteAdapterRequest.FromString,
+                    response_serializer=atelier_dot_v1_dot_adapter__pb2.UndeleteAdapterResponse.SerializeToString,
+            ),
+            'TagAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.TagAdapter,
+                    request_deserializer=atelier_dot_v1_dot_adapter__pb2.TagAdapterRequest.FromString,
+                    response_serializer=atelier_dot_v1_dot_adapter__pb2.TagAdapterResponse.SerializeToString,
+            ),
+            'UntagAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UntagAdapter,
+                    request_deserializer=atelier_dot_v1_dot_adapter__pb2.UntagAdapterRequest.FromString,
+                    response_serializer=atelier_dot_v1_dot_adapter__pb2.UntagAdapterResponse.SerializeToString,
+            ),
+            'AnnotateAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.AnnotateAdapter,
+                    request_deserializer=atelier_dot_v1_dot_adapter__pb2.AnnotateAdapterRequest.FromString,
+                    response_serializer=atelier_dot_v1_dot_adapter__pb2.AnnotateAdapterResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -373,6 +449,114 @@ class AdapterService:
             '/atelier.v1.AdapterService/ExportAdapter',
             atelier_dot_v1_dot_adapter__pb2.ExportAdapterRequest.SerializeToString,
             atelier_dot_v1_dot_adapter__pb2.ExportAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UndeleteAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.v1.AdapterService/UndeleteAdapter',
+            atelier_dot_v1_dot_adapter__pb2.UndeleteAdapterRequest.SerializeToString,
+            atelier_dot_v1_dot_adapter__pb2.UndeleteAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TagAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.v1.AdapterService/TagAdapter',
+            atelier_dot_v1_dot_adapter__pb2.TagAdapterRequest.SerializeToString,
+            atelier_dot_v1_dot_adapter__pb2.TagAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UntagAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.v1.AdapterService/UntagAdapter',
+            atelier_dot_v1_dot_adapter__pb2.UntagAdapterRequest.SerializeToString,
+            atelier_dot_v1_dot_adapter__pb2.UntagAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AnnotateAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.v1.AdapterService/AnnotateAdapter',
+            atelier_dot_v1_dot_adapter__pb2.AnnotateAdapterRequest.SerializeToString,
+            atelier_dot_v1_dot_adapter__pb2.AnnotateAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -36,9 +36,11 @@ class AdapterServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdapterServiceAsyncStub: ...
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.ListAdaptersRequest, _adapter_pb2.ListAdaptersResponse]
-    """Lists adapters by name, in the order of their names; one entry is an adapter's newest version
-    unless `all_versions` is set.
-    INVALID_ARGUMENT: page_size is negative, or page_token was not given by this method.
+    """Lists adapters, in the order of their names unless `order_by` says otherwise; one entry is an
+    adapter's newest version unless `all_versions` is set. While adapters come and go, an entry that stays
+    is on one page exactly.
+    INVALID_ARGUMENT: page_size is negative, order_by is none of those named there, or page_token was not
+    given by this method with the same filters and order.
     """
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.GetAdapterRequest, _adapter_pb2.GetAdapterResponse]
     """Describes one version of an adapter with all its checkpoints.
@@ -53,7 +55,8 @@ class AdapterServiceStub:
     NOT_FOUND: no such adapter. UNAVAILABLE: the worker is not ready.
     """
     DeleteAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.DeleteAdapterRequest, _adapter_pb2.DeleteAdapterResponse]
-    """Deletes an adapter with all its versions and checkpoints, or one version (NAME@vN).
+    """Deletes an adapter with all its versions and checkpoints, or one version (NAME@vN): it is hidden at
+    once, can be undeleted for as long as the server keeps it, and its name is free.
     NOT_FOUND: no such adapter. FAILED_PRECONDITION: a training is writing it, or a generation that
     has not finished uses it.
     """
@@ -72,6 +75,23 @@ class AdapterServiceStub:
     The stream ends with OK after the last chunk.
     NOT_FOUND: no such adapter. DATA_LOSS: the stored file does not match its checksum.
     """
+    UndeleteAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.UndeleteAdapterRequest, _adapter_pb2.UndeleteAdapterResponse]
+    """Brings a deleted adapter back, all its versions or one (NAME@vN). Idempotent while it is kept.
+    NOT_FOUND: nothing of that name is kept any more.
+    """
+    TagAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.TagAdapterRequest, _adapter_pb2.TagAdapterResponse]
+    """Puts a tag on a checkpoint, or moves it there: NAME@TAG means that checkpoint from now on.
+    NOT_FOUND: no such adapter. INVALID_ARGUMENT: a tag that is none, or that is reserved (v1, v2, ...).
+    ABORTED: the tag is not on what is `expected`.
+    """
+    UntagAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.UntagAdapterRequest, _adapter_pb2.UntagAdapterResponse]
+    """Takes a tag away.
+    NOT_FOUND: no such adapter or tag. ABORTED: the tag is not on what is `expected`.
+    """
+    AnnotateAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.AnnotateAdapterRequest, _adapter_pb2.AnnotateAdapterResponse]
+    """Writes a note on a version, in place of the one before; an empty one removes it.
+    NOT_FOUND: no such adapter. INVALID_ARGUMENT: the note is too long.
+    """
 
 @_typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
@@ -81,9 +101,11 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapter_pb2.ListAdaptersRequest, _adapter_pb2.ListAdaptersResponse]  # type: ignore[assignment]
-    """Lists adapters by name, in the order of their names; one entry is an adapter's newest version
-    unless `all_versions` is set.
-    INVALID_ARGUMENT: page_size is negative, or page_token was not given by this method.
+    """Lists adapters, in the order of their names unless `order_by` says otherwise; one entry is an
+    adapter's newest version unless `all_versions` is set. While adapters come and go, an entry that stays
+    is on one page exactly.
+    INVALID_ARGUMENT: page_size is negative, order_by is none of those named there, or page_token was not
+    given by this method with the same filters and order.
     """
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.GetAdapterRequest, _adapter_pb2.GetAdapterResponse]  # type: ignore[assignment]
     """Describes one version of an adapter with all its checkpoints.
@@ -98,7 +120,8 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     NOT_FOUND: no such adapter. UNAVAILABLE: the worker is not ready.
     """
     DeleteAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.DeleteAdapterRequest, _adapter_pb2.DeleteAdapterResponse]  # type: ignore[assignment]
-    """Deletes an adapter with all its versions and checkpoints, or one version (NAME@vN).
+    """Deletes an adapter with all its versions and checkpoints, or one version (NAME@vN): it is hidden at
+    once, can be undeleted for as long as the server keeps it, and its name is free.
     NOT_FOUND: no such adapter. FAILED_PRECONDITION: a training is writing it, or a generation that
     has not finished uses it.
     """
@@ -117,6 +140,23 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     The stream ends with OK after the last chunk.
     NOT_FOUND: no such adapter. DATA_LOSS: the stored file does not match its checksum.
     """
+    UndeleteAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.UndeleteAdapterRequest, _adapter_pb2.UndeleteAdapterResponse]  # type: ignore[assignment]
+    """Brings a deleted adapter back, all its versions or one (NAME@vN). Idempotent while it is kept.
+    NOT_FOUND: nothing of that name is kept any more.
+    """
+    TagAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.TagAdapterRequest, _adapter_pb2.TagAdapterResponse]  # type: ignore[assignment]
+    """Puts a tag on a checkpoint, or moves it there: NAME@TAG means that checkpoint from now on.
+    NOT_FOUND: no such adapter. INVALID_ARGUMENT: a tag that is none, or that is reserved (v1, v2, ...).
+    ABORTED: the tag is not on what is `expected`.
+    """
+    UntagAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.UntagAdapterRequest, _adapter_pb2.UntagAdapterResponse]  # type: ignore[assignment]
+    """Takes a tag away.
+    NOT_FOUND: no such adapter or tag. ABORTED: the tag is not on what is `expected`.
+    """
+    AnnotateAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.AnnotateAdapterRequest, _adapter_pb2.AnnotateAdapterResponse]  # type: ignore[assignment]
+    """Writes a note on a version, in place of the one before; an empty one removes it.
+    NOT_FOUND: no such adapter. INVALID_ARGUMENT: the note is too long.
+    """
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     """Every error of this service carries google.rpc.ErrorInfo (domain "atelier") and, for an object that
@@ -129,9 +169,11 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.ListAdaptersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.ListAdaptersResponse, _abc.Awaitable[_adapter_pb2.ListAdaptersResponse]]:
-        """Lists adapters by name, in the order of their names; one entry is an adapter's newest version
-        unless `all_versions` is set.
-        INVALID_ARGUMENT: page_size is negative, or page_token was not given by this method.
+        """Lists adapters, in the order of their names unless `order_by` says otherwise; one entry is an
+        adapter's newest version unless `all_versions` is set. While adapters come and go, an entry that stays
+        is on one page exactly.
+        INVALID_ARGUMENT: page_size is negative, order_by is none of those named there, or page_token was not
+        given by this method with the same filters and order.
         """
 
     @_abc_1.abstractmethod
@@ -170,7 +212,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.DeleteAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.DeleteAdapterResponse, _abc.Awaitable[_adapter_pb2.DeleteAdapterResponse]]:
-        """Deletes an adapter with all its versions and checkpoints, or one version (NAME@vN).
+        """Deletes an adapter with all its versions and checkpoints, or one version (NAME@vN): it is hidden at
+        once, can be undeleted for as long as the server keeps it, and its name is free.
         NOT_FOUND: no such adapter. FAILED_PRECONDITION: a training is writing it, or a generation that
         has not finished uses it.
         """
@@ -200,6 +243,47 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         """Streams one checkpoint as a single safetensors file. Order: one `metadata` message, then chunks.
         The stream ends with OK after the last chunk.
         NOT_FOUND: no such adapter. DATA_LOSS: the stored file does not match its checksum.
+        """
+
+    @_abc_1.abstractmethod
+    def UndeleteAdapter(
+        self,
+        request: _adapter_pb2.UndeleteAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.UndeleteAdapterResponse, _abc.Awaitable[_adapter_pb2.UndeleteAdapterResponse]]:
+        """Brings a deleted adapter back, all its versions or one (NAME@vN). Idempotent while it is kept.
+        NOT_FOUND: nothing of that name is kept any more.
+        """
+
+    @_abc_1.abstractmethod
+    def TagAdapter(
+        self,
+        request: _adapter_pb2.TagAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.TagAdapterResponse, _abc.Awaitable[_adapter_pb2.TagAdapterResponse]]:
+        """Puts a tag on a checkpoint, or moves it there: NAME@TAG means that checkpoint from now on.
+        NOT_FOUND: no such adapter. INVALID_ARGUMENT: a tag that is none, or that is reserved (v1, v2, ...).
+        ABORTED: the tag is not on what is `expected`.
+        """
+
+    @_abc_1.abstractmethod
+    def UntagAdapter(
+        self,
+        request: _adapter_pb2.UntagAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.UntagAdapterResponse, _abc.Awaitable[_adapter_pb2.UntagAdapterResponse]]:
+        """Takes a tag away.
+        NOT_FOUND: no such adapter or tag. ABORTED: the tag is not on what is `expected`.
+        """
+
+    @_abc_1.abstractmethod
+    def AnnotateAdapter(
+        self,
+        request: _adapter_pb2.AnnotateAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.AnnotateAdapterResponse, _abc.Awaitable[_adapter_pb2.AnnotateAdapterResponse]]:
+        """Writes a note on a version, in place of the one before; an empty one removes it.
+        NOT_FOUND: no such adapter. INVALID_ARGUMENT: the note is too long.
         """
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -51,7 +51,8 @@ class Labels:
             now = self._catalog.value(self._entries(name).tags.get(tag))
             was = _target(name, now)
             if expected is not Expect.ANYTHING and was != (None if expected is Expect.NOTHING else expected):
-                raise TagMoved(f"tag {tag!r} of {name} is on {was or 'nothing'}, not on {_shown(expected)}")
+                here = _shown(was or Expect.NOTHING)
+                raise TagMoved(f"tag {tag!r} of {name} is on {here}, not on {_shown(expected)}")
             if target is None and was is None:
                 raise AdapterNotFound(f"{name} has no tag {tag!r}", name=f"{name}@{tag}")
             if was == target:
@@ -98,8 +99,4 @@ def _target(name: str, value: Value) -> CheckpointId | None:
 
 
 def _shown(expected: CheckpointId | Expect) -> str:
-    return (
-        f"{expected.name}@v{expected.version}@{expected.step}"
-        if isinstance(expected, CheckpointId)
-        else "nothing"
-    )
+    return f"v{expected.version}@{expected.step}" if isinstance(expected, CheckpointId) else expected.value

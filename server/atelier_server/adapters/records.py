@@ -17,7 +17,8 @@ REPORT_FILE = "report.json"
 class VersionMeta:
     """One version of an adapter. `training` is the id of the training that made it, "" for an import.
 
-    `owner` is the server that took the training. `recipe` holds how it was trained, field by field.
+    `owner` is the server that took the training, `family` its base model's. `recipe` holds how it was
+    trained, field by field.
     """
 
     name: str
@@ -28,6 +29,7 @@ class VersionMeta:
     training: str
     create_time: float
     owner: str = ""
+    family: str = ""
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -72,6 +74,14 @@ class AdapterVersion:
     def tags(self) -> tuple[str, ...]:
         own = sorted(tag for record in self.checkpoints for tag in record.tags)
         return (f"v{self.meta.version}", *own)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all stored files."""
+        files = {
+            file.sha256: file.size_bytes for record in self.checkpoints for file in record.files.values()
+        }
+        return sum(files.values())
 
     @property
     def damaged(self) -> bool:

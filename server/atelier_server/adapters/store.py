@@ -14,7 +14,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -24,18 +24,16 @@ from atelier_server.adapters.blobs import Blobs, StoredFile
 from atelier_server.adapters.cache import FileCache
 from atelier_server.adapters.catalog import (
     ADAPTER_FILE,
-    VERSION_TAG,
-    Catalog,
-    NameEntries,
 )
 from atelier_server.adapters.labels import Labels
 from atelier_server.adapters.layout import migrate
 from atelier_server.adapters.objects import LocalObjects, Objects, RemoteObjects
 from atelier_server.adapters.records import AdapterVersion, CheckpointRecord, VersionMeta
+from atelier_server.adapters.shelf import Shelf, version_gone
 from atelier_server.adapters.staging import Staging
 from atelier_server.adapters.trash import Trash
-from atelier_server.core import SCOPED_NAME, AdapterRef, AdapterUse, CheckpointId
-from atelier_server.errors import AdapterExists, AdapterNotFound, DataLoss, InvalidRequest, Violation
+from atelier_server.core import SCOPED_NAME, CheckpointId
+from atelier_server.errors import AdapterExists, InvalidRequest, Violation
 
 __all__ = ["ADAPTER_FILE", "AdapterStore", "AdapterVersion", "CheckpointRecord", "VersionMeta"]
 
@@ -43,7 +41,7 @@ CACHE_BYTES = 20 * 2**30
 GRACE_SECONDS = 24 * 3600.0
 
 
-class AdapterStore:
+class AdapterStore(Shelf):
     """The adapters at `location`: a folder, made when first needed, or a URL such as s3://BUCKET/PREFIX.
 
     Files of a remote store are kept in `cache`, at most `cache_bytes` of them. `owner` names this server in
@@ -59,10 +57,9 @@ class AdapterStore:
         owner: str = "",
         grace: float = GRACE_SECONDS,
     ) -> None:
+        objects, staging, files = _places(location, cache, cache_bytes)
+        super().__init__(objects, staging, Blobs(objects, staging, files, grace))
         self.owner = owner
-        self._objects, self._staging, files = _places(location, cache, cache_bytes)
-        self._blobs = Blobs(self._objects, self._staging, files, grace)
-        self._catalog = Catalog(self._objects, self._blobs)
         self.labels = Labels(self._objects, self._catalog)
         self.trash = Trash(self._objects, self._catalog, self._blobs)
 
@@ -101,6 +98,7 @@ class AdapterStore:
         base_sha256: str,
         training: str,
         new_version: bool,
+        family: str = "",
         recipe: Mapping[str, Any] | None = None,
     ) -> VersionMeta:
         """The adapter's first version, or its next one if `new_version`; numbers are never used twice.
@@ -111,7 +109,7 @@ class AdapterStore:
         if not SCOPED_NAME.fullmatch(name):
             raise InvalidRequest.of([Violation("name", f"does not match {SCOPED_NAME.pattern}")])
         meta = VersionMeta(
-            name, 0, trigger, base_model, base_sha256, training, time.time(), self.owner, dict(recipe or {})
+            name, 0, trigger, base_model, base_sha256, training, time.time(), self.owner, family, recipe or {}
         )
         return self._claim(meta, new_version, None)
 
@@ -126,6 +124,7 @@ class AdapterStore:
         new_version: bool,
         rank: int,
         lora_alpha: float,
+        family: str = "",
     ) -> CheckpointRecord:
         """A whole version with one checkpoint, step 0, at once: what is imported or made of other adapters.
 
@@ -133,11 +132,11 @@ class AdapterStore:
         """
         if not SCOPED_NAME.fullmatch(name):
             raise InvalidRequest.of([Violation("name", f"does not match {SCOPED_NAME.pattern}")])
-        meta = VersionMeta(name, 0, trigger, base_model, base_sha256, "", time.time(), self.owner)
+        meta = VersionMeta(name, 0, trigger, base_model, base_sha256, "", time.time(), self.owner, family)
         with self._written(write) as files:
             manifest = _manifest(files, loss=None, rank=rank, lora_alpha=lora_alpha)
             meta = self._claim(meta, new_version, manifest)
-        return self._published(CheckpointId(name, meta.version, 0))
+        return self.published(CheckpointId(name, meta.version, 0))
 
     def publish(
         self,
@@ -157,15 +156,15 @@ class AdapterStore:
         """
         if loss is not None and not math.isfinite(loss):
             raise ValueError(f"a checkpoint with loss {loss} must not be published")
-        if self._read_version(checkpoint.name, checkpoint.version) is None:
-            raise _version_gone(checkpoint)
+        if self.read_version(checkpoint.name, checkpoint.version) is None:
+            raise version_gone(checkpoint)
         with self._written(write) as files:
             manifest = _manifest(files, loss=loss, rank=rank, lora_alpha=lora_alpha)
-            if self._read_version(checkpoint.name, checkpoint.version) is None:
-                raise _version_gone(checkpoint)
+            if self.read_version(checkpoint.name, checkpoint.version) is None:
+                raise version_gone(checkpoint)
             folder = f"{catalog.folder(checkpoint.name)}/v{checkpoint.version}"
             self._objects.create(f"{folder}/{checkpoint.step:06d}.json", _json(manifest))
-        record = self._published(checkpoint)
+        record = self.published(checkpoint)
         if record.sha256 != files[ADAPTER_FILE].sha256:
             raise AdapterExists(
                 f"checkpoint {checkpoint} is published with other weights", name=checkpoint.name
@@ -174,7 +173,7 @@ class AdapterStore:
 
     def discard(self, name: str, version: int) -> None:
         """Takes back a version that has nothing in it. Idempotent."""
-        found = self._read_version(name, version)
+        found = self.read_version(name, version)
         if found is not None and not found.checkpoints:
             self._objects.remove(f"{catalog.folder(name)}/v{version}/version.json")
 
@@ -216,129 +215,6 @@ class AdapterStore:
             if self._objects.create(f"{folder}/v{number}/version.json", _json(content)):
                 return VersionMeta(**{**asdict(meta), "version": number})
 
-    def _published(self, checkpoint: CheckpointId) -> CheckpointRecord:
-        found = self._read_version(checkpoint.name, checkpoint.version)
-        records = {record.id: record for record in found.checkpoints} if found else {}
-        if checkpoint not in records:
-            raise _version_gone(checkpoint)
-        return records[checkpoint]
-
-    # ------------------------------------------------------------------------------------------ reading
-    def resolve(self, ref: AdapterRef) -> AdapterUse:
-        """The checkpoint that `ref` means now. Raises AdapterNotFound, DataLoss if it is known to be damaged.
-
-        No selector: the recommended one of the newest version that has a checkpoint; a step: that of the
-        same version; `vN`: the recommended one of version N; a tag: what it was put on.
-        """
-        self._check(ref.name)
-        entries = self._entries(ref.name)
-        if ref.selector in entries.tags:
-            target = self._catalog.value(entries.tags[ref.selector]).content
-            version, step = target.get("version"), str(target.get("step"))
-        else:
-            tagged = VERSION_TAG.fullmatch(ref.selector)
-            version, step = (int(tagged[1]), "") if tagged else (None, ref.selector)
-        versions = self._catalog.versions(ref.name, entries)
-        record = self._choose(versions, version, step)
-        if record is None:
-            raise _missing(ref.name, ref.selector if versions else "")
-        if record.damaged:
-            raise _damaged(record.id)
-        return AdapterUse(record.id, ref.weight, record.path, record.sha256)
-
-    def version(self, name: str, version: int | None = None) -> AdapterVersion:
-        """Version `version`, or the newest that has a checkpoint. Raises AdapterNotFound."""
-        self._check(name)
-        for found in reversed(self._catalog.versions(name, self._entries(name))):
-            if version == found.meta.version or (version is None and found.checkpoints):
-                return found
-        raise _missing(name, f"v{version}" if version is not None else "")
-
-    def versions(self, tenant: str | None = None, *, deleted: bool = False) -> list[AdapterVersion]:
-        """Every version by name, then number; also those without a checkpoint yet.
-
-        Of all tenants, or of one ("" is the default tenant); `deleted`: those that wait in the trash instead.
-        """
-        listed = self._catalog.listed(f"names/@{tenant}" if tenant else "names")
-        names = sorted(name for name in listed if tenant is None or name.rpartition("/")[0] == tenant)
-        damaged = self._blobs.damaged()
-        return [
-            v for name in names for v in self._catalog.versions(name, listed[name], damaged, deleted=deleted)
-        ]
-
-    def last_checkpoint(self, name: str, version: int) -> CheckpointRecord | None:
-        """The checkpoint with the highest step of that version, if there is one."""
-        found = self._read_version(name, version)
-        return found.checkpoints[-1] if found and found.checkpoints else None
-
-    def is_here(self, record: CheckpointRecord) -> bool:
-        """Whether its weights can be read without a network."""
-        return ADAPTER_FILE in record.files and self._blobs.is_here(record.files[ADAPTER_FILE])
-
-    # -------------------------------------------------------------------------------------------- files
-    def file(self, checkpoint: CheckpointId, name: str = ADAPTER_FILE) -> Path:
-        """A file of a checkpoint on this machine, fetched where it is remote, its checksum verified.
-
-        Raises AdapterNotFound, FileNotFoundError if the checkpoint has no such file, DataLoss (then what is
-        rotten is in quarantine, and lists show the adapter as damaged).
-        """
-        record = self._published(checkpoint)
-        if record.damaged and not record.files:
-            raise _damaged(checkpoint)
-        if name not in record.files:
-            raise FileNotFoundError(name)
-        file = record.files[name]
-        return self._blobs.fetch(file.sha256, self._blobs.path(file), str(checkpoint))
-
-    def fetch(self, use: AdapterUse) -> Path:
-        """The weights of a use on this machine, verified, though its version may have been deleted since.
-
-        Raises AdapterNotFound if they are gone for that reason, else DataLoss.
-        """
-        try:
-            return self._blobs.fetch(use.sha256, Path(use.path), str(use.checkpoint))
-        except DataLoss:
-            self._published(use.checkpoint)
-            raise
-
-    def verify(self, record: CheckpointRecord) -> None:
-        """Reads the weights and compares their digest. Raises DataLoss if they are missing or differ."""
-        self.file(record.id)
-
-    @contextmanager
-    def checkout(self, checkpoint: CheckpointId) -> Iterator[Path]:
-        """A folder with all files of a checkpoint under their names, for the block. Raises what `file`
-        raises.
-        """
-        record = self._published(checkpoint)
-        with self._staging.folder() as folder:
-            for name in record.files:
-                (folder / name).symlink_to(self.file(checkpoint, name).absolute())
-            yield folder
-
-    # ------------------------------------------------------------------------------------------ inside
-    def _check(self, name: str) -> None:
-        """No key is ever made of a string that is not an adapter's name."""
-        if not SCOPED_NAME.fullmatch(name):
-            raise _missing(name, "")
-
-    def _entries(self, name: str) -> NameEntries:
-        return self._catalog.listed(catalog.folder(name)).get(name, NameEntries())
-
-    def _read_version(self, name: str, version: int) -> AdapterVersion | None:
-        with suppress(AdapterNotFound):
-            return self.version(name, version)
-        return None
-
-    @staticmethod
-    def _choose(versions: list[AdapterVersion], version: int | None, step: str) -> CheckpointRecord | None:
-        for found in reversed(versions):
-            if version == found.meta.version or (version is None and found.checkpoints):
-                if not step:
-                    return found.recommended
-                return next((r for r in found.checkpoints if str(r.id.step) == step), None)
-        return None
-
 
 def _places(
     location: Path | str, cache: Path | None, cache_bytes: int
@@ -367,21 +243,6 @@ def _manifest(
         "rank": rank,
         "lora_alpha": lora_alpha,
     }
-
-
-def _missing(name: str, selector: str) -> AdapterNotFound:
-    full = f"{name[:80]}@{selector}" if selector else name[:80]
-    return AdapterNotFound(f"there is no adapter {full!r}", name=full)
-
-
-def _version_gone(checkpoint: CheckpointId) -> AdapterNotFound:
-    return _missing(checkpoint.name, f"v{checkpoint.version}")
-
-
-def _damaged(checkpoint: CheckpointId) -> DataLoss:
-    return DataLoss(
-        f"{checkpoint} is damaged: import it again to heal it, or delete it", {"adapter": str(checkpoint)}
-    )
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

@@ -131,6 +131,7 @@ class Trainings:
             training=training,
             # `check` has let it pass: versions that may be there have nothing in them.
             new_version=True,
+            family=base.family,
             recipe=asdict(draft.recipe),
         )
         record = TrainingRecord(

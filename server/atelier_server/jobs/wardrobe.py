@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from atelier_server.access.tenants import Scope, Tenant
-from atelier_server.adapters.records import REPORT_FILE
-from atelier_server.adapters.store import AdapterStore, AdapterVersion
+from atelier_server.access.tenants import Tenant
+from atelier_server.adapters.labels import Expect
+from atelier_server.adapters.records import REPORT_FILE, AdapterVersion
+from atelier_server.adapters.store import AdapterStore
+from atelier_server.adapters.trash import Collected
 from atelier_server.core import AdapterRef, AdapterUse, CheckpointId
-from atelier_server.errors import AdapterExists, AdapterInUse, AdapterNotFound, WorkerLost
+from atelier_server.errors import AdapterExists, AdapterInUse, AdapterNotFound, AtelierError, WorkerLost
 from atelier_server.jobs.calls import Calls
 from atelier_server.jobs.generations import Generations
+from atelier_server.jobs.last_used import LastUsed
+from atelier_server.jobs.listing import Listed, Listing
 from atelier_server.jobs.quotas import check_stored, stored_bytes
 from atelier_server.jobs.training_runs import count_checkpoints
 from atelier_server.jobs.trainings import Trainings
@@ -37,9 +43,12 @@ from atelier_server.report import AdapterReport, ImportTerms
 # Checkpoints that a message names, the newest.
 _NAMED = 4
 
+_COLLECT_SECONDS = 3600.0
+_log = logging.getLogger(__name__)
+
 
 class Wardrobe:
-    """`resident` tells the checkpoints that lie in device slots now."""
+    """`listing` reads what this room changes."""
 
     def __init__(
         self,
@@ -50,16 +59,18 @@ class Wardrobe:
         trainings: Trainings,
         uploads: Uploads,
         metrics: Metrics,
-        resident: Callable[[], frozenset[CheckpointId]],
+        listing: Listing,
+        last_used: LastUsed,
     ) -> None:
         self._store = store
+        self._last_used = last_used
         self._calls = calls
         self._generations = generations
         self._trainings = trainings
         self._metrics = metrics
         self._reserved: Counter[str] = Counter()
         self.uploads = uploads
-        self.resident = resident
+        self.listing = listing
 
     # --------------------------------------------------------------------------------------------- read
     async def resolve(self, refs: tuple[AdapterRef, ...]) -> tuple[AdapterUse, ...]:
@@ -84,10 +95,48 @@ class Wardrobe:
             name=ref.name,
         )
 
-    async def version(self, ref: AdapterRef) -> AdapterVersion:
+    async def use(self, refs: tuple[AdapterRef, ...]) -> tuple[AdapterUse, ...]:
+        """What `resolve` finds, for a generation: fetched where the store is remote, and noted as used."""
+        uses = await self.resolve(refs)
+
+        def prepare() -> None:
+            self._last_used.touch(use.checkpoint for use in uses)
+            if self._store.remote:
+                for use in uses:
+                    self._store.fetch(use)
+
+        if uses:
+            await asyncio.to_thread(prepare)
+        return uses
+
+    async def show(self, ref: AdapterRef) -> Listed:
         """The version that a reference means. Raises AdapterNotFound."""
-        (use,) = await self.resolve((ref,))
-        return await asyncio.to_thread(self._store.version, use.checkpoint.name, use.checkpoint.version)
+
+        def show() -> Listed:
+            found = self._store.find(ref).id
+            return self.listing.describe([self._store.version(found.name, found.version)])[0]
+
+        return await asyncio.to_thread(show)
+
+    # ------------------------------------------------------------------------------------------- labels
+    async def tag(
+        self, ref: AdapterRef, tag: str, expected: CheckpointId | Expect
+    ) -> tuple[Listed, CheckpointId | None]:
+        """Puts a tag on a checkpoint; what it was on. Raises AdapterNotFound, TagMoved."""
+        record = await asyncio.to_thread(self._store.find, ref)
+        was = await asyncio.to_thread(self._store.labels.tag, ref.name, tag, record.id, expected)
+        return await self.show(AdapterRef(ref.name, f"v{record.id.version}")), was
+
+    async def untag(self, name: str, tag: str, expected: CheckpointId | Expect) -> CheckpointId | None:
+        """Takes a tag away; what it was on. Raises AdapterNotFound, TagMoved."""
+        await asyncio.to_thread(self._store.version, name)
+        return await asyncio.to_thread(self._store.labels.tag, name, tag, None, expected)
+
+    async def annotate(self, ref: AdapterRef, note: str) -> Listed:
+        """Writes a note on the version that a reference means. Raises AdapterNotFound."""
+        record = await asyncio.to_thread(self._store.find, ref)
+        await asyncio.to_thread(self._store.labels.note, ref.name, record.id.version, note)
+        return await self.show(AdapterRef(ref.name, f"v{record.id.version}"))
 
     async def report(self, version: AdapterVersion) -> AdapterReport | None:
         """What the import of a version understood; None for one that was not imported."""
@@ -96,18 +145,6 @@ class Wardrobe:
             return None
         path = await asyncio.to_thread(self._store.file, record.id, REPORT_FILE)
         return AdapterReport.of(json.loads(await asyncio.to_thread(path.read_text, encoding="utf-8")))
-
-    async def page(
-        self, scope: Scope, after: tuple[str, int] | None, size: int, *, all_versions: bool
-    ) -> list[AdapterVersion]:
-        """A tenant's, by name and version, those with a checkpoint; the newest of each adapter unless
-        `all_versions`.
-        """
-        found = await asyncio.to_thread(self._store.versions)
-        versions = [v for v in found if v.checkpoints and scope.owns(v.meta.name)]
-        if not all_versions:
-            versions = list({v.meta.name: v for v in versions}.values())
-        return [v for v in versions if after is None or (v.meta.name, v.meta.version) > after][:size]
 
     # -------------------------------------------------------------------------------------------- slots
     async def load(self, ref: AdapterRef) -> tuple[CheckpointId, bool]:
@@ -127,8 +164,11 @@ class Wardrobe:
         answer = await self._calls.call(lambda call: UnloadAdapter(call, checkpoints), AdaptersUnloaded)
         return answer.unloaded
 
-    async def delete(self, name: str, version: int | None) -> None:
-        """Deletes an adapter or one version of it. Raises AdapterNotFound, AdapterInUse."""
+    async def delete(self, name: str, version: int | None) -> float:
+        """Hides an adapter or one version of it; until when it can be undeleted (seconds since the epoch).
+
+        Raises AdapterNotFound, AdapterInUse.
+        """
 
         async def delete() -> tuple[CheckpointId, ...]:
             if self._trainings.writes(name, version):
@@ -146,6 +186,50 @@ class Wardrobe:
             # A later adapter may get the same name, version and step: no slot may still hold the old one.
             with suppress(WorkerLost):  # its slots die with it
                 await self._calls.call(lambda call: UnloadAdapter(call, checkpoints), AdaptersUnloaded)
+        return time.time() + self.listing.retention
+
+    async def undelete(self, name: str, version: int | None) -> list[Listed]:
+        """Brings back what has been deleted and is kept. Raises AdapterNotFound."""
+
+        def undelete() -> list[Listed]:
+            self._store.trash.undelete(name, version)
+            versions = self._store.versions(name.rpartition("/")[0])
+            back = [v for v in versions if v.meta.name == name and version in (None, v.meta.version)]
+            return self.listing.describe([v for v in back if v.checkpoints])
+
+        found = await asyncio.to_thread(undelete)
+        await self._count()
+        return found
+
+    async def collect(self) -> Collected:
+        """Removes for good what was deleted long ago and is not in use, and files that nothing names."""
+        deleted = await asyncio.to_thread(lambda: self._store.versions(deleted=True))
+        resident = self.listing.resident()
+        busy = {
+            (v.meta.name, v.meta.version)
+            for v in deleted
+            if self._generations.uses(v.meta.name, v.meta.version)
+            or self._trainings.writes(v.meta.name, v.meta.version)
+            or not resident.isdisjoint(record.id for record in v.checkpoints)
+        }
+
+        def collect() -> Collected:
+            done = self._store.trash.collect(self.listing.retention, lambda *version: version in busy)
+            self._last_used.keep(record.id for v in self._store.versions() for record in v.checkpoints)
+            return done
+
+        return await asyncio.to_thread(collect)
+
+    async def keep_house(self) -> None:
+        """Collects now and every hour, for as long as the server lives."""
+        while True:
+            try:
+                done = await self.collect()
+                if done.versions or done.files:
+                    _log.info("removed %d deleted versions and %d files", len(done.versions), done.files)
+            except (AtelierError, OSError) as error:
+                _log.warning("nothing was collected: %s", error)
+            await asyncio.sleep(_COLLECT_SECONDS)
 
     # -------------------------------------------------------------------------------------------- files
     @asynccontextmanager
@@ -169,7 +253,7 @@ class Wardrobe:
 
     async def adopt(
         self, path: Path, name: str, *, new_version: bool, terms: ImportTerms
-    ) -> tuple[AdapterVersion, AdapterImported]:
+    ) -> tuple[Listed, AdapterImported]:
         """Has the worker check an adapter's file or folder and publish it as a new version."""
         await self.check_name(name, new_version=new_version)
         # A version without a checkpoint may be there: its training failed, and the name is free.
@@ -179,10 +263,7 @@ class Wardrobe:
             lambda call: ImportAdapter(call, str(path), name, follows, terms), AdapterImported
         )
         await self._count()
-        version = await asyncio.to_thread(
-            self._store.version, answer.checkpoint.name, answer.checkpoint.version
-        )
-        return version, answer
+        return await self.show(AdapterRef(name, f"v{answer.checkpoint.version}")), answer
 
     @asynccontextmanager
     async def exported(
@@ -190,9 +271,7 @@ class Wardrobe:
     ) -> AsyncIterator[tuple[CheckpointId, AdapterExported]]:
         """A temporary file of a checkpoint in `layout`. Raises AdapterNotFound, DataLoss."""
         (use,) = await self.resolve((ref,))
-        version = await asyncio.to_thread(self._store.version, use.checkpoint.name, use.checkpoint.version)
-        record = next(r for r in version.checkpoints if r.id == use.checkpoint)
-        await asyncio.to_thread(self._store.verify, record)
+        await asyncio.to_thread(self._store.fetch, use)
         path = self.uploads.file()
         try:
             answer = await self._calls.call(

@@ -16,17 +16,23 @@ from atelier_server.errors import InvalidRequest, Violation
 from atelier_server.jobs.hub import fetch
 from atelier_server.jobs.wardrobe import Wardrobe
 from atelier_server.rpc import caller
-from atelier_server.rpc.codec import pages
 from atelier_server.rpc.codec.adapter import (
     decode_deletion,
     decode_export,
     decode_import,
     decode_reference,
-    encode_adapter,
     encode_report,
 )
-from atelier_server.rpc.codec.checks import Checks
 from atelier_server.rpc.codec.generated import CHUNK_BYTES
+from atelier_server.rpc.codec.listing import (
+    decode_list,
+    decode_note,
+    decode_tag,
+    decode_untag,
+    encode_listed,
+    encode_target,
+)
+from atelier_server.rpc.codec.times import timestamp
 from atelier_server.rpc.interceptors import Context
 from atelier_server.rpc.receive import heard_out, receive_file
 
@@ -39,24 +45,20 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
     async def ListAdapters(
         self, request: pb.ListAdaptersRequest, context: Context
     ) -> pb.ListAdaptersResponse:
-        checks = Checks()
-        size = pages.page_size(checks, request.page_size)
-        key = pages.page_key(checks, "adapters", request.page_token, (str, int))
-        checks.done()
-        after = (key[0], key[1]) if key else None
-        versions = await self._wardrobe.page(
-            caller.scope(), after, size + 1, all_versions=request.all_versions
+        page = decode_list(request, caller.scope().tenant)
+        found, last = await asyncio.to_thread(
+            self._wardrobe.listing.page, page.query, page.after, page.size, thumbnails=page.thumbnails
         )
-        last = versions[size - 1].meta if len(versions) > size else None
         return pb.ListAdaptersResponse(
-            adapters=[encode_adapter(version, self._wardrobe.resident()) for version in versions[:size]],
-            next_page_token=pages.page_token("adapters", [last.name, last.version]) if last else "",
+            adapters=[encode_listed(listed) for listed in found], next_page_token=page.token(last)
         )
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:
-        version = await self._wardrobe.version(decode_reference(request.adapter))
-        report = await self._wardrobe.report(version)
-        return pb.GetAdapterResponse(adapter=encode_adapter(version, self._wardrobe.resident(), report))
+        listed = await self._wardrobe.show(decode_reference(request.adapter))
+        adapter = encode_listed(listed, recipe=True)
+        if (report := await self._wardrobe.report(listed.version)) is not None:
+            adapter.report.CopyFrom(encode_report(report))
+        return pb.GetAdapterResponse(adapter=adapter)
 
     async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Context) -> pb.LoadAdapterResponse:
         checkpoint, loaded = await self._wardrobe.load(decode_reference(request.adapter))
@@ -71,8 +73,30 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
     async def DeleteAdapter(
         self, request: pb.DeleteAdapterRequest, context: Context
     ) -> pb.DeleteAdapterResponse:
-        await self._wardrobe.delete(*decode_deletion(request.adapter))
-        return pb.DeleteAdapterResponse()
+        expires = await self._wardrobe.delete(*decode_deletion(request.adapter))
+        return pb.DeleteAdapterResponse(expire_time=timestamp(expires))
+
+    async def UndeleteAdapter(
+        self, request: pb.UndeleteAdapterRequest, context: Context
+    ) -> pb.UndeleteAdapterResponse:
+        found = await self._wardrobe.undelete(*decode_deletion(request.adapter))
+        return pb.UndeleteAdapterResponse(adapters=[encode_listed(listed) for listed in found])
+
+    async def TagAdapter(self, request: pb.TagAdapterRequest, context: Context) -> pb.TagAdapterResponse:
+        listed, was = await self._wardrobe.tag(*decode_tag(request))
+        return pb.TagAdapterResponse(adapter=encode_listed(listed), previous=encode_target(was))
+
+    async def UntagAdapter(
+        self, request: pb.UntagAdapterRequest, context: Context
+    ) -> pb.UntagAdapterResponse:
+        was = await self._wardrobe.untag(*decode_untag(request))
+        return pb.UntagAdapterResponse(previous=encode_target(was))
+
+    async def AnnotateAdapter(
+        self, request: pb.AnnotateAdapterRequest, context: Context
+    ) -> pb.AnnotateAdapterResponse:
+        listed = await self._wardrobe.annotate(*decode_note(request))
+        return pb.AnnotateAdapterResponse(adapter=encode_listed(listed))
 
     async def ImportAdapter(
         self, request_iterator: AsyncIterator[pb.ImportAdapterRequest], context: Context
@@ -85,11 +109,11 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
             name, terms = decode_import(metadata, self._limits)
             await self._wardrobe.check_name(name, new_version=metadata.new_version)
             async with self._source(request_iterator, metadata) as source:
-                version, answer = await self._wardrobe.adopt(
+                listed, answer = await self._wardrobe.adopt(
                     source, name, new_version=metadata.new_version, terms=terms
                 )
         return pb.ImportAdapterResponse(
-            adapter=encode_adapter(version, self._wardrobe.resident()),
+            adapter=encode_listed(listed),
             detected_format=answer.report.format,
             matched_modules=len(answer.report.matched),
             report=encode_report(answer.report),

@@ -39,7 +39,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         # A known request is joined as it is, even where its adapter has been replaced since.
         reader = self._generations.join(draft.request_id, draft.body_hash)
         if reader is None:
-            adapters = await self._wardrobe.resolve(draft.refs)
+            adapters = await self._wardrobe.use(draft.refs)
             job = replace(draft.job, adapters=adapters, client=_client(context))
             self._status.check_memory(job)
             _check_deadline(context.time_remaining(), self._status.least_seconds(job))

@@ -17,6 +17,7 @@ VERBATIM = frozenset(
         "validation_prompts",
         "trigger",
         "caption",
+        "note",
     ]
 )
 

@@ -66,6 +66,7 @@ class AdapterFiles:
             trigger=terms.trigger or ", ".join(adapter.triggers),
             base_model=self._base.reference,
             base_sha256=self._base.sha256,
+            family=self._base.family.name,
             new_version=new_version,
             rank=largest.rank if largest else 0,
             lora_alpha=largest.alpha if largest else 0.0,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
-from google.protobuf import any_pb2
+from google.protobuf import any_pb2, timestamp_pb2
 from google.rpc import status_pb2
 from grpc_status import rpc_status
 from PIL import Image
@@ -218,9 +218,13 @@ class Adapters(AdapterServiceServicer):
             recommended_step=6,
             rank=8,
             trigger="a sks blue plush octopus",
+            thumbnail=picture() if name != "bolt" else b"",
+            tier="ADAPTER_TIER_DISK",
+            size_bytes=2048,
         )
 
     def ListAdapters(self, request: Any, context: Any) -> adapter_pb2.ListAdaptersResponse:
+        self.script.calls.append(request)
         pages = {"": (["bolt", "otto"], "2"), "2": (["zoe"], "")}
         names, token = pages[request.page_token]
         return adapter_pb2.ListAdaptersResponse(
@@ -238,7 +242,24 @@ class Adapters(AdapterServiceServicer):
         return adapter_pb2.UnloadAdapterResponse(unloaded=2)
 
     def DeleteAdapter(self, request: Any, context: Any) -> adapter_pb2.DeleteAdapterResponse:
-        return adapter_pb2.DeleteAdapterResponse()
+        return adapter_pb2.DeleteAdapterResponse(expire_time=timestamp_pb2.Timestamp(seconds=2_000_000_000))
+
+    def UndeleteAdapter(self, request: Any, context: Any) -> adapter_pb2.UndeleteAdapterResponse:
+        self.script.calls.append(request)
+        return adapter_pb2.UndeleteAdapterResponse(adapters=[self.adapter(request.adapter)])
+
+    def TagAdapter(self, request: Any, context: Any) -> adapter_pb2.TagAdapterResponse:
+        self.script.calls.append(request)
+        return adapter_pb2.TagAdapterResponse(adapter=self.adapter("otto"), previous="v1@3")
+
+    def UntagAdapter(self, request: Any, context: Any) -> adapter_pb2.UntagAdapterResponse:
+        self.script.calls.append(request)
+        return adapter_pb2.UntagAdapterResponse(previous="v1@6")
+
+    def AnnotateAdapter(self, request: Any, context: Any) -> adapter_pb2.AnnotateAdapterResponse:
+        adapter = self.adapter(request.adapter)
+        adapter.note = request.note
+        return adapter_pb2.AnnotateAdapterResponse(adapter=adapter)
 
     def ImportAdapter(self, request_iterator: Any, context: Any) -> adapter_pb2.ImportAdapterResponse:
         self.script.imports.append(list(request_iterator))

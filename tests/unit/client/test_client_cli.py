@@ -190,7 +190,8 @@ def test_adapters(run: Callable[..., Result], server: Any, tmp_path: Path) -> No
     assert run("adapters", "load", "otto").stdout == "otto@6 loaded\n"
     assert json.loads(run("adapters", "load", "otto", "--json").stdout)["loaded"] is True
     assert json.loads(run("adapters", "unload", "otto", "--json").stdout) == {"unloaded": 2}
-    assert json.loads(run("adapters", "delete", "otto", "--json").stdout) == {}
+    deleted = json.loads(run("adapters", "delete", "otto", "--json").stdout)
+    assert deleted == {"expire_time": "2033-05-18T03:33:20Z"}
     source = tmp_path / "a.safetensors"
     source.write_bytes(b"weights")
     told = run("adapters", "import", source, "--name", "zoe", "--allow-partial").stdout
@@ -240,6 +241,50 @@ def test_info_exits_0_only_when_ready(run: Callable[..., Result], server: Any) -
     away = run("info")
     assert away.exit_code == 1
     assert away.stderr.startswith("error: UNAVAILABLE")
+
+
+def test_labels(run: Callable[..., Result], server: Any) -> None:
+    assert (
+        run("adapters", "tag", "otto@6", "production").stdout == "otto@production is otto@6, was otto@v1@3\n"
+    )
+    assert not server.script.calls[-1].HasField("expected")
+    told = run("adapters", "tag", "otto@6", "production", "--expected", "", "--json")
+    assert json.loads(told.stdout) == {"previous": "v1@3"}
+    assert server.script.calls[-1].expected == ""
+    assert server.script.calls[-1].HasField("expected")
+    assert run("adapters", "untag", "otto@production").stdout == "otto@production removed, was otto@v1@6\n"
+    assert (server.script.calls[-1].adapter, server.script.calls[-1].tag) == ("otto", "production")
+    assert run("adapters", "note", "otto", "a rainy day").stdout == "otto@v1: a rainy day\n"
+    assert "undelete otto` brings it back until 2033-" in run("adapters", "delete", "otto").stdout
+    assert run("adapters", "undelete", "otto").stdout == "otto@v1 is back\n"
+
+
+def test_a_list_with_everything(run: Callable[..., Result], server: Any, tmp_path: Path) -> None:
+    flags = (
+        "--name-prefix",
+        "o",
+        "--tag",
+        "best",
+        "--base",
+        "sd1",
+        "--resident",
+        "--order-by",
+        "size_bytes desc",
+    )
+    listed = run("adapters", "list", *flags, "--all-versions")
+    assert "2 KiB" in listed.stdout
+    assert "disk" in listed.stdout
+    sent = server.script.calls[-1]
+    assert (sent.name_prefix, sent.tag, sent.base, sent.resident) == ("o", "best", "sd1", True)
+    assert (sent.order_by, sent.all_versions, sent.view) == ("size_bytes desc", True, 0)
+    sheet = tmp_path / "sheet.png"
+    told = json.loads(run("adapters", "list", "--sheet", str(sheet), "--json").stdout)
+    assert server.script.calls[-1].view == 1
+    assert not any(adapter["thumbnail"] for adapter in told["adapters"])
+    with Image.open(sheet) as picture:
+        assert picture.width > 3 * 128
+    wrong = run("adapters", "list", "--view", "everything")
+    assert wrong.exit_code == 2
 
 
 def test_an_unknown_adapter_is_one_line(

@@ -7,14 +7,12 @@ from importlib.metadata import version as package_version
 
 from atelier.v1 import adapter_pb2 as pb
 from atelier.v1 import server_pb2
-from atelier_server.adapters.store import AdapterVersion
 from atelier_server.config import Limits
-from atelier_server.core import SCHEDULERS, AdapterRef, CheckpointId
+from atelier_server.core import SCHEDULERS, AdapterRef
 from atelier_server.jobs.dispatch import WorkerStatus
 from atelier_server.report import AdapterReport, ImportTerms
 from atelier_server.rpc import caller
 from atelier_server.rpc.codec.checks import Checks, shown
-from atelier_server.rpc.codec.times import timestamp
 
 _LAYOUTS = {
     pb.ADAPTER_FORMAT_UNSPECIFIED: "diffusers",
@@ -100,9 +98,7 @@ def _check_files(checks: Checks, metadata: pb.ImportAdapterRequest.Metadata) -> 
         checks.refuse("metadata.files", f"are {total} bytes in all; size_bytes says {metadata.size_bytes}")
 
 
-def encode_report(report: AdapterReport | None) -> pb.AdapterReport | None:
-    if report is None:
-        return None
+def encode_report(report: AdapterReport) -> pb.AdapterReport:
     message = pb.AdapterReport
     return pb.AdapterReport(
         format=report.format,
@@ -125,38 +121,6 @@ def encode_report(report: AdapterReport | None) -> pb.AdapterReport | None:
         metadata=dict(report.metadata),
         norms=[message.BlockNorm(block=block, norm=norm) for block, norm in report.norms],
         probe=report.probe,
-    )
-
-
-def encode_adapter(
-    version: AdapterVersion, resident: frozenset[CheckpointId], report: AdapterReport | None = None
-) -> pb.Adapter:
-    """A version that has a checkpoint."""
-    meta, recommended = version.meta, version.recommended
-    return pb.Adapter(
-        name=meta.name,
-        version=meta.version,
-        tags=version.tags,
-        checkpoints=[
-            pb.Checkpoint(
-                step=record.id.step,
-                sha256=record.sha256,
-                size_bytes=record.size_bytes,
-                create_time=timestamp(record.create_time),
-                loss=record.loss,
-                resident=record.id in resident,
-            )
-            for record in version.checkpoints
-        ],
-        recommended_step=recommended.id.step if recommended else 0,
-        trigger=meta.trigger,
-        rank=recommended.rank if recommended else 0,
-        lora_alpha=recommended.lora_alpha if recommended else 0.0,
-        base_model=meta.base_model,
-        base_sha256=meta.base_sha256,
-        training=meta.training,
-        create_time=timestamp(meta.create_time),
-        report=encode_report(report),
     )
 
 

@@ -1,0 +1,145 @@
+"""Tags, notes, deletions that can be undone, lists: over a real channel."""
+
+from __future__ import annotations
+
+import pytest
+
+from atelier.v1 import adapter_pb2 as pb
+from tests.contract.harness import Service, Start, import_requests, refused
+
+
+async def adopt(
+    service: Service, name: str, data: bytes = b"fine", *, new_version: bool = False
+) -> pb.Adapter:
+    requests = import_requests(data, name=name, new_version=new_version)
+    return (await service.adapters.ImportAdapter(iter(requests))).adapter
+
+
+async def names(service: Service, **fields: object) -> list[str]:
+    found, token = [], ""
+    while True:
+        request = pb.ListAdaptersRequest(page_size=2, page_token=token, **fields)
+        page = await service.adapters.ListAdapters(request)
+        found += [adapter.name for adapter in page.adapters]
+        if not (token := page.next_page_token):
+            return found
+
+
+async def test_tags(service: Service) -> None:
+    await service.train(max_train_steps=20, checkpointing_steps=10)
+    tagged = await service.adapters.TagAdapter(pb.TagAdapterRequest(adapter="otto@10", tag="production"))
+    assert tagged.previous == ""
+    assert list(tagged.adapter.tags) == ["v1", "production"]
+    assert [list(c.tags) for c in tagged.adapter.checkpoints] == [["production"], []]
+    request = pb.TagAdapterRequest(adapter="otto", tag="production", expected="v1@20")
+    refusal = await refused(service.adapters.TagAdapter(request))
+    assert (refusal.code, refusal.reason) == ("ABORTED", "TAG_MOVED")
+    assert "v1@10" in refusal.message
+    request.expected = "v1@10"
+    assert (await service.adapters.TagAdapter(request)).previous == "v1@10"
+    loaded = await service.adapters.LoadAdapter(pb.LoadAdapterRequest(adapter="otto@production"))
+    assert loaded.adapter == "otto@20"
+    untag = pb.UntagAdapterRequest(adapter="otto", tag="production", expected="")
+    assert (await refused(service.adapters.UntagAdapter(untag))).code == "ABORTED"
+    untag.ClearField("expected")
+    assert (await service.adapters.UntagAdapter(untag)).previous == "v1@20"
+    assert (await refused(service.adapters.UntagAdapter(untag))).code == "NOT_FOUND"
+    refusal = await refused(service.adapters.LoadAdapter(pb.LoadAdapterRequest(adapter="otto@production")))
+    assert (refusal.code, refusal.resource) == ("NOT_FOUND", ("adapter", "otto@production"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "violated"),
+    [
+        ({"tag": "v2"}, {"tag"}),
+        ({"tag": "750"}, {"tag"}),
+        ({"tag": ""}, {"tag"}),
+        ({"tag": "x" * 33}, {"tag"}),
+        ({"tag": "Best", "adapter": "../x", "expected": "otto@10"}, {"tag", "adapter", "expected"}),
+        ({"expected": "v0@1"}, {"expected"}),
+    ],
+)
+async def test_bad_tags(service: Service, fields: dict[str, str], violated: set[str]) -> None:
+    request = pb.TagAdapterRequest(**{"adapter": "otto", "tag": "best", **fields})
+    refusal = await refused(service.adapters.TagAdapter(request))
+    assert (refusal.code, set(refusal.violations)) == ("INVALID_ARGUMENT", violated)
+
+
+async def test_labels_of_nothing_are_not_found(service: Service) -> None:
+    calls = [
+        service.adapters.TagAdapter(pb.TagAdapterRequest(adapter="nobody", tag="best")),
+        service.adapters.UntagAdapter(pb.UntagAdapterRequest(adapter="nobody", tag="best")),
+        service.adapters.AnnotateAdapter(pb.AnnotateAdapterRequest(adapter="nobody", note="x")),
+        service.adapters.UndeleteAdapter(pb.UndeleteAdapterRequest(adapter="nobody")),
+    ]
+    for call in calls:
+        refusal = await refused(call)
+        assert (refusal.code, refusal.reason) == ("NOT_FOUND", "ADAPTER_NOT_FOUND")
+
+
+async def test_a_note_and_the_recipe_are_told(service: Service) -> None:
+    await service.train(max_train_steps=10, rank=2, learning_rate=0.5)
+    note = pb.AnnotateAdapterRequest(adapter="otto@v1", note=" learned on a rainy day \n")
+    assert (await service.adapters.AnnotateAdapter(note)).adapter.note == "learned on a rainy day"
+    told = (await service.adapters.GetAdapter(pb.GetAdapterRequest(adapter="otto"))).adapter
+    assert (told.note, told.family, told.tier) == ("learned on a rainy day", "sd1", pb.ADAPTER_TIER_DISK)
+    assert (told.recipe.rank, told.recipe.learning_rate, told.recipe.max_train_steps) == (2, 0.5, 10)
+    note.note = "x" * 10_001
+    assert (await refused(service.adapters.AnnotateAdapter(note))).violations.keys() == {"note"}
+
+
+async def test_a_deletion_is_undone(service: Service) -> None:
+    await adopt(service, "guest")
+    await adopt(service, "guest", b"other", new_version=True)
+    deleted = await service.adapters.DeleteAdapter(pb.DeleteAdapterRequest(adapter="guest"))
+    listed = await service.adapters.ListAdapters(pb.ListAdaptersRequest(view=pb.ADAPTER_VIEW_DELETED))
+    assert [a.version for a in listed.adapters] == [1, 2]
+    gap = listed.adapters[0].expire_time.ToSeconds() - listed.adapters[0].delete_time.ToSeconds()
+    assert gap == 7 * 86400
+    assert abs(listed.adapters[0].expire_time.ToSeconds() - deleted.expire_time.ToSeconds()) <= 60
+    assert await names(service) == []
+    back = await service.adapters.UndeleteAdapter(pb.UndeleteAdapterRequest(adapter="guest@v2"))
+    assert [a.version for a in back.adapters] == [2]
+    assert await names(service, all_versions=True) == ["guest"]
+    assert (await adopt(service, "guest", b"third", new_version=True)).version == 3
+
+
+async def test_what_was_deleted_long_ago_is_removed(start: Start) -> None:
+    service = await start(retention_days=0)
+    await adopt(service, "guest")
+    await service.adapters.DeleteAdapter(pb.DeleteAdapterRequest(adapter="guest"))
+    done = await service.application._wardrobe.collect()
+    assert done.versions == (("guest", 1),)
+    refusal = await refused(service.adapters.UndeleteAdapter(pb.UndeleteAdapterRequest(adapter="guest")))
+    assert refusal.code == "NOT_FOUND"
+
+
+async def test_lists(service: Service) -> None:
+    for name, size in (("bolt", 300), ("anna", 100), ("otto", 200)):
+        await adopt(service, name, b"x" * size)
+    assert await names(service) == ["anna", "bolt", "otto"]
+    assert await names(service, order_by="size_bytes desc") == ["bolt", "otto", "anna"]
+    assert await names(service, order_by="create_time") == ["bolt", "anna", "otto"]
+    await service.generate("a", adapters=[{"adapter": "otto"}])
+    assert (await names(service, order_by="last_used_time desc"))[0] == "otto"
+    await service.adapters.LoadAdapter(pb.LoadAdapterRequest(adapter="anna"))
+    assert await names(service, resident=True) == ["anna"]
+    assert await names(service, resident=False, name_prefix="b") == ["bolt"]
+    assert await names(service, base="fake") == ["anna", "bolt", "otto"]
+    assert await names(service, base="sdxl") == []
+
+
+async def test_bad_lists(service: Service) -> None:
+    for name in ("a", "b"):
+        await adopt(service, name)
+    first = await service.adapters.ListAdapters(pb.ListAdaptersRequest(page_size=1))
+    for fields in (
+        {"order_by": "loss"},
+        {"order_by": "name down"},
+        {"view": 9},
+        {"name_prefix": "x" * 201},
+        {"page_token": first.next_page_token, "name_prefix": "a"},  # of another query
+        {"page_token": "bm8="},
+    ):
+        refusal = await refused(service.adapters.ListAdapters(pb.ListAdaptersRequest(**fields)))
+        assert refusal.code == "INVALID_ARGUMENT", fields
