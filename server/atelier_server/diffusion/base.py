@@ -119,7 +119,7 @@ def load_base(reference: str, device: str = "auto", dtype: str = "auto") -> Base
     target = torch.device(_resolve_device(device))
     loaded = load_pipeline(reference, _DTYPES[_resolve_dtype(dtype, target)])
     return BaseModel(
-        loaded.pipeline.to(target), family=loaded.family, reference=reference, sha256=_digest(loaded.files)
+        loaded.pipeline.to(target), family=loaded.family, reference=reference, sha256=digest(loaded.files)
     )
 
 
@@ -137,7 +137,7 @@ def _resolve_dtype(dtype: str, device: torch.device) -> str:
     return "float32" if device.type == "cpu" else "bfloat16"
 
 
-def _digest(files: Iterable[Path]) -> str:
+def digest(files: Iterable[Path]) -> str:
     """SHA-256 over the contents of the files, in their order."""
     digest = hashlib.sha256()
     for file in files:

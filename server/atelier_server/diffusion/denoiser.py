@@ -14,6 +14,7 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor
 
 from atelier_server.diffusion.conditioning import Conditioning
+from atelier_server.diffusion.controlnet import Control, Residuals, Scaled, residuals
 from atelier_server.diffusion.trajectory import Trajectory
 
 
@@ -26,10 +27,17 @@ class Picture:
     negative: Conditioning | None
     guidance_scale: float
     guidance_rescale: float = 0.0
+    controls: Sequence[Control] = ()
 
     @property
     def rows(self) -> int:
         return 1 if self.negative is None else 2
+
+    def scaled_controls(self) -> Scaled:
+        """The ControlNets of the next step, with their scales."""
+        at = self.trajectory.index, len(self.trajectory.timesteps)
+        scaled = ((control, control.scale_at(*at)) for control in self.controls)
+        return [(control, scale) for control, scale in scaled if scale]
 
 
 class Denoiser:
@@ -41,13 +49,21 @@ class Denoiser:
         self.num_train_timesteps: int = self._noise_scheduler.config.num_train_timesteps
         self.prediction_type: str = self._noise_scheduler.config.prediction_type
 
-    def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        control: Residuals | None = None,
+    ) -> Tensor:
         """The prediction [b, C, h, w] for [b, C, h, w] latents at [b] timesteps."""
         prediction: Tensor = self._unet(
             latents,
             timesteps,
             encoder_hidden_states=conditioning.prompt_embeds,
             added_cond_kwargs=dict(conditioning.added),
+            down_block_additional_residuals=None if control is None else tuple(control.down),
+            mid_block_additional_residual=None if control is None else control.mid,
             return_dict=False,
         )[0]
         return prediction
@@ -61,8 +77,10 @@ class Denoiser:
         latents: list[Tensor] = []
         timesteps: list[Tensor] = []
         conditions: list[Conditioning] = []
+        controls: list[Scaled] = []
         for picture in pictures:
             model_input = picture.trajectory.model_input()
+            controls += [picture.scaled_controls()] * picture.rows
             for conditioning in (picture.negative, picture.prompt):
                 if conditioning is not None:
                     latents.append(model_input)
@@ -72,10 +90,12 @@ class Denoiser:
             raise ValueError(f"{len(latents)} rows do not fit a bucket of {bucket}")
         latents += [torch.zeros_like(latents[0])] * padding
         timesteps += [torch.zeros(())] * padding
-        device = latents[0].device
-        prediction = self.predict(
-            torch.cat(latents), torch.stack(timesteps).to(device), Conditioning.stack(conditions, bucket)
+        batch = (
+            torch.cat(latents),
+            torch.stack(timesteps).to(latents[0].device),
+            Conditioning.stack(conditions, bucket),
         )
+        prediction = self.predict(*batch, residuals(controls, *batch))
         row = 0
         for picture in pictures:
             picture.trajectory.advance(_guided(prediction[row : row + picture.rows], picture))

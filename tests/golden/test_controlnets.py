@@ -1,0 +1,242 @@
+"""ControlNets against diffusers' own pipelines, alone and in mixed batches; what is refused at the start."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    MultiControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionXLControlNetPipeline,
+)
+
+from atelier_server.core import SchedulerOptions
+from atelier_server.diffusion.base import BaseModel, load_base
+from atelier_server.diffusion.conditioning import Framing
+from atelier_server.diffusion.controlnet import Control, ControlNet, load_controlnets, mismatch
+from atelier_server.diffusion.denoiser import Denoiser, Picture
+from atelier_server.diffusion.families import UnsupportedModel
+from atelier_server.diffusion.trajectory import Trajectory
+from tests.bases import FAMILIES, PIXELS, peer, save_base, save_controlnet
+
+PROMPT = "a red octopus on a beach"
+NAMES = ("canny", "depth")
+STEPS, SEED = 6, 7
+
+
+@dataclass(frozen=True)
+class Served:
+    """A base and two ControlNets, ours and theirs."""
+
+    base: BaseModel
+    nets: dict[str, ControlNet]
+    folders: dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
+    made = {}
+    for family in FAMILIES:
+        root = tmp_path_factory.mktemp(family)
+        folders = {"base": save_base(family, root / "base")}
+        for seed, name in enumerate(NAMES, 1):
+            folders[name] = save_controlnet(family, root / name, folders["base"], seed=seed)
+        base = load_base(str(folders["base"]), "cpu")
+        nets = load_controlnets({name: str(folders[name]) for name in NAMES}, base)
+        made[family] = Served(base, nets, folders)
+    return made
+
+
+@dataclass(frozen=True)
+class Use:
+    name: str
+    seed: int
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+    @property
+    def pixels(self) -> torch.Tensor:
+        """[3, H, W]: coarse random squares."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.rand(3, 8, 8, generator=generator).repeat_interleave(8, 1).repeat_interleave(8, 2)
+
+
+def picture(
+    served: Served,
+    *uses: Use,
+    scale: float = 6.0,
+    scheduler: str = "euler",
+    seed: int = SEED,
+    steps: int = STEPS,
+) -> Picture:
+    base, framing = served.base, Framing.whole(PIXELS, PIXELS)
+    return Picture(
+        Trajectory.begin(
+            scheduler,
+            base.scheduler_config,
+            options=SchedulerOptions(),
+            num_inference_steps=steps,
+            seed=seed,
+            shape=base.latent_shape(PIXELS, PIXELS),
+            device=base.device,
+            dtype=base.dtype,
+        ),
+        prompt=base.family.condition(base.encode_prompt(PROMPT), framing),
+        negative=base.family.condition(base.encode_negative(""), framing) if scale > 1 else None,
+        guidance_scale=scale,
+        controls=[Control(served.nets[u.name], u.pixels, u.scale, u.start, u.end) for u in uses],
+    )
+
+
+def painted(served: Served, pictures: Sequence[Picture], bucket: int) -> list[torch.Tensor]:
+    """The latents of pictures that join one another in every step."""
+    denoiser = Denoiser(served.base.unet, served.base.scheduler_config)
+    while live := [p for p in pictures if not p.trajectory.finished]:
+        denoiser.step(live, bucket)
+    return [p.trajectory.latents for p in pictures]
+
+
+def theirs(family: str, served: Served, uses: Sequence[Use], scale: float) -> np.ndarray:
+    """diffusers' pipeline with the same ControlNets."""
+    nets = [ControlNetModel.from_pretrained(served.folders[use.name]) for use in uses]
+    several = len(nets) > 1
+    cls = StableDiffusionXLControlNetPipeline if family == "sdxl" else StableDiffusionControlNetPipeline
+    pipeline = cls.from_pipe(
+        peer(family, served.folders["base"]), controlnet=MultiControlNetModel(nets) if several else nets[0]
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = type(picture(served).trajectory.scheduler).from_config(served.base.scheduler_config)
+
+    def each(values: list[Any]) -> Any:
+        return values if several else values[0]
+
+    return pipeline(
+        PROMPT,
+        image=each([use.pixels[None] for use in uses]),
+        controlnet_conditioning_scale=each([use.scale for use in uses]),
+        control_guidance_start=each([use.start for use in uses]),
+        control_guidance_end=each([use.end for use in uses]),
+        num_inference_steps=STEPS,
+        guidance_scale=scale,
+        generator=torch.Generator("cpu").manual_seed(SEED),
+        output_type="np",
+    ).images[0]
+
+
+def pixels(served: Served, latents: torch.Tensor) -> np.ndarray:
+    return served.base.decode_latents(latents[0]).permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("uses", "scale"),
+    [
+        ([Use("canny", 1)], 6.0),
+        ([Use("canny", 1, scale=0.5, start=0.2, end=0.7)], 1.0),
+        ([Use("canny", 1, scale=1.5), Use("depth", 2, scale=0.7, end=0.5)], 6.0),
+    ],
+    ids=["guided", "unguided-window", "two"],
+)
+def test_equals_the_pipeline_of_diffusers(
+    family: str, uses: list[Use], scale: float, served: dict[str, Served]
+) -> None:
+    mine = served[family]
+    ours = pixels(mine, painted(mine, [picture(mine, *uses, scale=scale)], 2)[0])
+    without = pixels(mine, painted(mine, [picture(mine, scale=scale)], 2)[0])
+    assert np.abs(ours - theirs(family, mine, uses, scale)).max() <= 1 / 255
+    assert np.abs(ours - without).max() > 8 / 255
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_with_and_without_share_a_forward_and_keep_their_bits(
+    family: str, served: dict[str, Served]
+) -> None:
+    mine = served[family]
+    wanted: list[tuple[list[Use], float, str, int]] = [
+        ([], 6.0, "euler", 6),
+        ([Use("canny", 1)], 6.0, "ddim", 4),
+        ([Use("depth", 2, scale=0.5, start=0.3)], 1.0, "dpmpp-2m", 5),
+        ([Use("depth", 3), Use("canny", 4, end=0.5)], 4.0, "euler-a", 3),
+        ([], 1.0, "ddim", 5),
+    ]
+
+    def fresh(number: int) -> Picture:
+        uses, scale, scheduler, steps = wanted[number]
+        return picture(mine, *uses, scale=scale, scheduler=scheduler, seed=number, steps=steps)
+
+    alone = [painted(mine, [fresh(number)], 8)[0] for number in range(len(wanted))]
+    together = painted(mine, [fresh(number) for number in reversed(range(len(wanted)))], 8)
+    for one, other in zip(alone, reversed(together), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_does_not_use_a_controlnet_never_sees_its_overflow(served: dict[str, Served]) -> None:
+    mine = served["sd1"]
+    broken = Control(mine.nets["canny"], torch.full((3, 64, 64), 1e38), 1.0)
+    pictures = [picture(mine), picture(mine)]
+    pictures[1].controls = [broken]
+    plain, controlled = painted(mine, pictures, 4)
+    assert not controlled.isfinite().all()
+    assert torch.equal(plain, painted(mine, [picture(mine)], 4)[0])
+
+
+def test_the_window_is_diffusers() -> None:
+    control = Control(net=None, image=torch.empty(0), scale=0.5, start=0.2, end=0.6)  # type: ignore[arg-type]
+    assert [control.scale_at(step, 5) for step in range(5)] == [0.0, 0.5, 0.5, 0.0, 0.0]
+
+
+# ------------------------------------------------------------------------------------------------- refused
+def test_another_familys_is_refused_at_the_start(served: dict[str, Served]) -> None:
+    base, other = served["sdxl"].base, served["sd1"].folders["canny"]
+    with pytest.raises(UnsupportedModel) as caught:
+        load_controlnets({"lines": str(other)}, base)
+    message = str(caught.value)
+    assert message.startswith(
+        f"controlnet lines={other}: does not fit the base (sdxl): its cross_attention_dim"
+    )
+    assert "is 32, the base's 72" in message
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("/no/such/folder", "there is no such folder"),
+        ("./net.safetensors", "there is no such folder; a hub id or a folder with config.json would do"),
+    ],
+)
+def test_what_is_not_there_is_named(reference: str, message: str, served: dict[str, Served]) -> None:
+    with pytest.raises(UnsupportedModel, match=f"controlnet lines={reference}: {message}"):
+        load_controlnets({"lines": reference}, served["sd1"].base)
+
+
+def test_a_folder_of_something_else_is_told(served: dict[str, Served], tmp_path: Path) -> None:
+    mine = served["sd1"]
+    with pytest.raises(UnsupportedModel, match=r"config\.json is missing; found: model_index\.json"):
+        load_controlnets({"lines": str(mine.folders["base"])}, mine.base)
+    with pytest.raises(UnsupportedModel, match="is UNet2DConditionModel instead of ControlNetModel"):
+        load_controlnets({"lines": str(mine.folders["base"] / "unet")}, mine.base)
+    config = dict(mine.nets["canny"].model.config)
+    for changes, message in (
+        ({"global_pool_conditions": True}, "has global_pool_conditions=True instead of False"),
+        ({"block_out_channels": [16, 64]}, r"its block_out_channels is \(16, 64\), the base's \(16, 32\)"),
+        ({"_class_name": "ControlNetUnionModel"}, "is ControlNetUnionModel instead of ControlNetModel"),
+    ):
+        found = mismatch(
+            {"_class_name": "ControlNetModel", **config, **changes}, mine.base.unet.config, "sd1"
+        )
+        assert re.search(message, found)
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_text((mine.folders["canny"] / "config.json").read_text())
+    (pickled / "diffusion_pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(UnsupportedModel, match="pickled weights are not read"):
+        load_controlnets({"lines": str(pickled)}, mine.base)
