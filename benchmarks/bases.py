@@ -10,7 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from atelier_server import pocket
 from atelier_server.adapters.canonical import CanonicalAdapter, LoraModule
-from atelier_server.adapters.format import write_adapter
+from atelier_server.adapters.exporter import write_adapter
 
 PROMPTS = ("a red cat", "a blue octopus on a beach", "a car", "a fish at night")
 

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 
 from atelier_server import pocket
 from atelier_server.adapters.canonical import CanonicalAdapter, LoraModule
-from atelier_server.adapters.format import write_adapter
+from atelier_server.adapters.exporter import write_adapter
 
 
 def random_adapter(seed: int, *, rank: int, alpha: float, convolutions: bool = False) -> CanonicalAdapter:

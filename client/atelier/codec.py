@@ -114,7 +114,7 @@ def time_of(message: Message, field: str) -> datetime | None:
 
 def export_request(adapter: str, layout: str) -> adapter_pb2.ExportAdapterRequest:
     request = adapter_pb2.ExportAdapterRequest()
-    fill(request, {"adapter": adapter, "format": layout})
+    fill(request, {"adapter": adapter, "format": layout.replace("-", "_")})
     return request
 
 

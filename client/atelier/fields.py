@@ -16,6 +16,8 @@ from atelier.events import Picture
 # A path, the bytes of a file, or what a generation has painted.
 PictureFile: TypeAlias = str | Path | bytes | Picture
 
+AdapterFormat = Literal["diffusers", "kohya", "peft", "textual-inversion"]
+
 
 class GenerateFields(TypedDict, total=False):
     """`GenerateRequest` but for the prompt, the adapters and the request id."""

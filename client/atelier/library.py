@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import grpc
 
 from atelier import codec
 from atelier.errors import from_rpc
-from atelier.fields import ImportFields, ListFields
+from atelier.fields import AdapterFormat, ImportFields, ListFields
 from atelier.records import Adapter, ExportedAdapter, ImportedAdapter, LoadedAdapter
 from atelier.transfer import ExportFile
 from atelier.v1 import adapter_pb2 as pb
@@ -92,7 +92,7 @@ class AdapterCalls:
             raise from_rpc(error) from error
 
     def export_adapter(
-        self, adapter: str, path: str | Path, format: Literal["diffusers", "kohya", "peft"] = "diffusers"
+        self, adapter: str, path: str | Path, format: AdapterFormat = "diffusers"
     ) -> ExportedAdapter:
         """Writes a checkpoint to `path`; the file appears only when it is whole."""
         request = codec.export_request(adapter, format)
@@ -177,7 +177,7 @@ class AsyncAdapterCalls:
             raise from_rpc(error) from error
 
     async def export_adapter(
-        self, adapter: str, path: str | Path, format: Literal["diffusers", "kohya", "peft"] = "diffusers"
+        self, adapter: str, path: str | Path, format: AdapterFormat = "diffusers"
     ) -> ExportedAdapter:
         """Writes a checkpoint to `path`; the file appears only when it is whole."""
         request = codec.export_request(adapter, format)

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 from atelier_server.adapters.bank import SlotBank
 from atelier_server.adapters.canonical import CanonicalAdapter
-from atelier_server.adapters.format import write_adapter
+from atelier_server.adapters.exporter import write_adapter
 from atelier_server.adapters.kinds import convert
 from tests.unit.adapters.tiny import ATTENTION, EVERYTHING, Inputs, adapter_for, tiny_unet, wrapped_unet
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from atelier.cli import adapter_report, app, flags, library, output
 from atelier.cli.connection import connect
-from atelier.fields import ListFields
+from atelier.fields import AdapterFormat, ListFields
 
 adapters = app.group("What the server has learned: list, inspect, move.")
 
@@ -135,7 +135,7 @@ def export(
     *,
     out: Annotated[Path, typer.Option("-o", "--output", help="the safetensors file to write")],
     format: Annotated[
-        Literal["diffusers", "kohya", "peft"], typer.Option(help="how tensors are named")
+        AdapterFormat, typer.Option(help="how tensors are named; textual-inversion: the token alone")
     ] = "diffusers",
     server: flags.Server = flags.DEFAULT_SERVER,
     json: flags.Json = False,

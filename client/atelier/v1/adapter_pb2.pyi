@@ -85,9 +85,15 @@ class _AdapterFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Adapter
     ADAPTER_FORMAT_DIFFUSERS: _AdapterFormat.ValueType  # 1
     """unet.*.lora_A.weight with lora_adapter_metadata, as `pipe.load_lora_weights` reads it. The default."""
     ADAPTER_FORMAT_KOHYA: _AdapterFormat.ValueType  # 2
-    """lora_unet_*.lora_down.weight with an alpha a module, as A1111 and ComfyUI read it."""
+    """lora_unet_*.lora_down.weight with an alpha a module, as A1111 and ComfyUI read it. It holds every kind
+    of change; the others refuse full differences and DoRA over inputs.
+    """
     ADAPTER_FORMAT_PEFT: _AdapterFormat.ValueType  # 3
     """base_model.model.*.lora_A.weight, as PEFT's adapter_model.safetensors."""
+    ADAPTER_FORMAT_TEXTUAL_INVERSION: _AdapterFormat.ValueType  # 4
+    """The adapter's one learned token alone, as A1111 and `load_textual_inversion` read it. In the other
+    formats learned tokens are bundled with the weights (bundle_emb.*).
+    """
 
 class AdapterFormat(_AdapterFormat, metaclass=_AdapterFormatEnumTypeWrapper):
     """Layouts that other tools load."""
@@ -96,9 +102,15 @@ ADAPTER_FORMAT_UNSPECIFIED: AdapterFormat.ValueType  # 0
 ADAPTER_FORMAT_DIFFUSERS: AdapterFormat.ValueType  # 1
 """unet.*.lora_A.weight with lora_adapter_metadata, as `pipe.load_lora_weights` reads it. The default."""
 ADAPTER_FORMAT_KOHYA: AdapterFormat.ValueType  # 2
-"""lora_unet_*.lora_down.weight with an alpha a module, as A1111 and ComfyUI read it."""
+"""lora_unet_*.lora_down.weight with an alpha a module, as A1111 and ComfyUI read it. It holds every kind
+of change; the others refuse full differences and DoRA over inputs.
+"""
 ADAPTER_FORMAT_PEFT: AdapterFormat.ValueType  # 3
 """base_model.model.*.lora_A.weight, as PEFT's adapter_model.safetensors."""
+ADAPTER_FORMAT_TEXTUAL_INVERSION: AdapterFormat.ValueType  # 4
+"""The adapter's one learned token alone, as A1111 and `load_textual_inversion` read it. In the other
+formats learned tokens are bundled with the weights (bundle_emb.*).
+"""
 Global___AdapterFormat: _TypeAlias = AdapterFormat  # noqa: Y015
 
 @_typing.final

@@ -158,8 +158,9 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ExportAdapter(self, request, context):
-        """Streams one checkpoint as a single safetensors file. Order: one `metadata` message, then chunks.
-        The stream ends with OK after the last chunk.
+        """Streams one checkpoint as a single safetensors file, with trigger words and recipe in its header.
+        Order: one `metadata` message, then chunks. The stream ends with OK after the last chunk.
+        INVALID_ARGUMENT UNSUPPORTED_FORMAT: the format cannot hold what the adapter is.
         NOT_FOUND: no such adapter. DATA_LOSS: the stored file does not match its checksum.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

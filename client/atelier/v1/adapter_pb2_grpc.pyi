@@ -71,8 +71,9 @@ class AdapterServiceStub:
     ALREADY_EXISTS: the name is taken and `new_version` is not set.
     """
     ExportAdapter: _grpc.UnaryStreamMultiCallable[_adapter_pb2.ExportAdapterRequest, _adapter_pb2.ExportAdapterResponse]
-    """Streams one checkpoint as a single safetensors file. Order: one `metadata` message, then chunks.
-    The stream ends with OK after the last chunk.
+    """Streams one checkpoint as a single safetensors file, with trigger words and recipe in its header.
+    Order: one `metadata` message, then chunks. The stream ends with OK after the last chunk.
+    INVALID_ARGUMENT UNSUPPORTED_FORMAT: the format cannot hold what the adapter is.
     NOT_FOUND: no such adapter. DATA_LOSS: the stored file does not match its checksum.
     """
     UndeleteAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.UndeleteAdapterRequest, _adapter_pb2.UndeleteAdapterResponse]
@@ -136,8 +137,9 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     ALREADY_EXISTS: the name is taken and `new_version` is not set.
     """
     ExportAdapter: _aio.UnaryStreamMultiCallable[_adapter_pb2.ExportAdapterRequest, _adapter_pb2.ExportAdapterResponse]  # type: ignore[assignment]
-    """Streams one checkpoint as a single safetensors file. Order: one `metadata` message, then chunks.
-    The stream ends with OK after the last chunk.
+    """Streams one checkpoint as a single safetensors file, with trigger words and recipe in its header.
+    Order: one `metadata` message, then chunks. The stream ends with OK after the last chunk.
+    INVALID_ARGUMENT UNSUPPORTED_FORMAT: the format cannot hold what the adapter is.
     NOT_FOUND: no such adapter. DATA_LOSS: the stored file does not match its checksum.
     """
     UndeleteAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.UndeleteAdapterRequest, _adapter_pb2.UndeleteAdapterResponse]  # type: ignore[assignment]
@@ -240,8 +242,9 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.ExportAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_adapter_pb2.ExportAdapterResponse], _abc.AsyncIterator[_adapter_pb2.ExportAdapterResponse]]:
-        """Streams one checkpoint as a single safetensors file. Order: one `metadata` message, then chunks.
-        The stream ends with OK after the last chunk.
+        """Streams one checkpoint as a single safetensors file, with trigger words and recipe in its header.
+        Order: one `metadata` message, then chunks. The stream ends with OK after the last chunk.
+        INVALID_ARGUMENT UNSUPPORTED_FORMAT: the format cannot hold what the adapter is.
         NOT_FOUND: no such adapter. DATA_LOSS: the stored file does not match its checksum.
         """
 

@@ -73,8 +73,9 @@ class CanonicalAdapter:
 
     @property
     def largest(self) -> LoraModule | None:
-        """The low-rank module of the highest rank, None without any."""
-        return max(self.low_rank.values(), key=lambda module: module.rank, default=None)
+        """The low-rank module of the highest rank, the first by name; None without any."""
+        modules = [module for _, module in sorted(self.low_rank.items())]
+        return max(modules, key=lambda module: module.rank, default=None)
 
 
 def tensors_of(module: Module) -> Iterator[tuple[str, Tensor]]:

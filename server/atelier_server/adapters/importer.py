@@ -7,9 +7,10 @@ change from is in the report with the reason, and below the coverage that the ca
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from atelier_server.adapters.canonical import CanonicalAdapter, Module, finite, tensors_of
+from atelier_server.adapters.canonical import CanonicalAdapter, LoraModule, Module, finite, tensors_of
 from atelier_server.adapters.formats import header
 from atelier_server.adapters.formats.container import Container, open_source
 from atelier_server.adapters.formats.embeddings import (
@@ -36,6 +37,7 @@ from atelier_server.report import AdapterReport, ImportTerms, UnmatchedPart
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _STRICT = ImportTerms()
+_TOKENS = "textual-inversion"
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
 
@@ -145,11 +147,12 @@ class _Reading:
             key = Key.of(name)
             if key is not None:
                 _check_dtype(name, tensor, key.part == "alpha")
-                found.setdefault(key.module, {})[key.part] = tensor
+                if found.setdefault(key.module, {}).setdefault(key.part, tensor) is not tensor:
+                    raise UnsupportedFormat(f"{name} repeats the {key.part} of {key.module}", {"key": name})
             elif token := learned_token(name, tensor, len(container.tensors)):
                 _check_dtype(name, tensor, False)
                 self._tokens.append(token)
-                self._layouts["textual-inversion"] += 1
+                self._layouts[_TOKENS] += 1
             else:
                 reason = "shifts an encoder's outputs" if is_output_vector(name) else foreign(name)
                 self._unmatched[name] = reason
@@ -175,10 +178,12 @@ class _Reading:
             family or self._base.family,
         )
         low_rank = adapter.low_rank.values()
-        layout, votes = self._layouts.most_common(1)[0]
+        # Tokens are bundled with files of every layout.
+        tokens_read = self._layouts.pop(_TOKENS, 0)
+        layout, votes = self._layouts.most_common(1)[0] if self._layouts else (_TOKENS, 0)
         report = AdapterReport(
             format=layout,
-            confidence=votes / len(self._keys),
+            confidence=(votes + tokens_read) / len(self._keys),
             software=header.software(self._metadata),
             family=family,
             evidence=evidence,
@@ -226,7 +231,8 @@ class _Reading:
                 parts = {**parts, "alpha": torch.tensor(alpha, dtype=torch.float64)}
             elif alpha is not None and config.rank:
                 scale = alpha / config.rank
-        return convert(name, parts, self._base.shapes[name], max_rank=self._base.max_rank, scale=scale)
+        shape = self._base.shapes[name]
+        return _shaped(convert(name, parts, shape, max_rank=self._base.max_rank, scale=scale), shape)
 
     def _named_tokens(self) -> dict[str, dict[str, Tensor]]:
         tokens: dict[str, dict[str, Tensor]] = {}
@@ -282,6 +288,17 @@ class _Reading:
                 "base_family": report.base_family,
             },
         )
+
+
+def _shaped(module: Module, shape: tuple[int, ...]) -> Module:
+    """A linear layer's change may come as that of a 1x1 convolution, and the other way round."""
+    if not isinstance(module, LoraModule):
+        return module
+    A, B = module.A, module.B
+    ones = (1,) * len(shape[2:])
+    if A.shape[1] == shape[1] and (math.prod(A.shape[2:]) == 1 == math.prod(shape[2:])):
+        A = A.reshape(module.rank, *shape[1:])
+    return replace(module, A=A, B=B.reshape(*B.shape[:2], *ones))
 
 
 def _check_dtype(key: str, tensor: Tensor, integers: bool) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
 
 from atelier_server.adapters.bank import SlotBank
 from atelier_server.adapters.canonical import CanonicalAdapter
-from atelier_server.adapters.format import Layout, write_adapter
+from atelier_server.adapters.exporter import Layout, write_adapter
 from atelier_server.adapters.host import pinned
 from atelier_server.adapters.importer import Base, import_file
 from atelier_server.adapters.records import REPORT_FILE
@@ -74,8 +74,19 @@ class AdapterFiles:
         return record.id, report
 
     def export(self, use: AdapterUse, layout: str, path: Path) -> tuple[int, str]:
-        """Writes a checkpoint in `layout`: its size in bytes and digest."""
-        write_adapter(self.read(use), path, cast(Layout, layout))
+        """Writes a checkpoint in `layout`, with recipe and trigger words: its size in bytes and digest."""
+        adapter = self.read(use)
+        meta = self._store.version(use.checkpoint.name, use.checkpoint.version).meta
+        named = replace(
+            adapter,
+            triggers=adapter.triggers or ((meta.trigger,) if meta.trigger else ()),
+            family=adapter.family or self._base.family.name,
+        )
+        title = use.checkpoint.name.rpartition("/")[2]
+        header = {"modelspec.title": title, "atelier.step": str(use.checkpoint.step)}
+        if meta.recipe:
+            header["atelier.recipe"] = json.dumps(dict(meta.recipe), sort_keys=True)
+        write_adapter(named, path, cast(Layout, layout), header, self._fit.names)
         with path.open("rb") as file:
             return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
 

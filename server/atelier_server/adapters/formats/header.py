@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 
+from atelier_server.adapters.canonical import CanonicalAdapter
+
 MAX_VALUE = 2000
 """Characters of a value that are kept; tag counts of large data sets run to megabytes."""
 
@@ -28,7 +30,14 @@ _SOFTWARE = (
     ("lora_adapter_metadata", "diffusers"),
     ("ss_network_module", "kohya sd-scripts"),
 )
-_TRIGGERS = ("modelspec.trigger_phrase", "ss_trigger_words", "trigger_words", "trigger_word", "trigger")
+_TRIGGERS = (
+    "atelier.triggers",
+    "modelspec.trigger_phrase",
+    "ss_trigger_words",
+    "trigger_words",
+    "trigger_word",
+    "trigger",
+)
 # What headers call the families, more special names first.
 _FAMILIES = (
     ("sdxl", ("sdxl", "stable-diffusion-xl", "sd_xl")),
@@ -53,7 +62,7 @@ def software(metadata: Mapping[str, str]) -> str:
     """The tool that wrote the file, "" if the header does not tell."""
     named = _object(metadata.get("software", "")).get("name")
     if isinstance(named, str):
-        return named[:80]
+        return _clean(named[:80])
     found = (name for key, name in _SOFTWARE if any(entry.startswith(key) for entry in metadata))
     return next(found, "")
 
@@ -72,6 +81,8 @@ def triggers(metadata: Mapping[str, str]) -> tuple[str, ...]:
     for key in _TRIGGERS:
         for word in _words(metadata.get(key, "")[:MAX_VALUE]):
             found[word] = None
+        if found:
+            break  # the others say the same in other words
     return tuple(found)
 
 
@@ -82,7 +93,12 @@ def _words(text: str) -> Iterator[str]:
         value = text
     for word in value if isinstance(value, list) else [value]:
         if isinstance(word, str) and word.strip():
-            yield word.strip()
+            yield _clean(word.strip())
+
+
+def _clean(text: str) -> str:
+    """Without halves of characters, which JSON can hold and no message can."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _object(text: str) -> dict[str, object]:
@@ -91,3 +107,30 @@ def _object(text: str) -> dict[str, object]:
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+# The names that A1111, ComfyUI and Civitai go by (kohya's scripts; ModelSpec 1.0.1).
+_ARCHITECTURES = {
+    "sd1": "stable-diffusion-v1",
+    "sd2": "stable-diffusion-v2-768-v",
+    "sdxl": "stable-diffusion-xl-v1-base",
+}
+_BASES = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+
+
+def describe(adapter: CanonicalAdapter) -> dict[str, str]:
+    """The entries of a file's header that tell other tools what it is; what its own header told is kept."""
+    told = dict(adapter.source)
+    if adapter.family in _ARCHITECTURES:
+        told["modelspec.sai_model_spec"] = "1.0.1"
+        told["modelspec.architecture"] = f"{_ARCHITECTURES[adapter.family]}/lora"
+        told["ss_base_model_version"] = _BASES[adapter.family]
+        told["ss_v2"] = str(adapter.family == "sd2")
+    if adapter.triggers:
+        told["modelspec.trigger_phrase"] = ", ".join(adapter.triggers)
+        told["atelier.triggers"] = json.dumps(adapter.triggers)
+    if largest := adapter.largest:
+        told["ss_network_module"] = "networks.lora"
+        told["ss_network_dim"] = str(largest.rank)
+        told["ss_network_alpha"] = repr(largest.alpha)
+    return told

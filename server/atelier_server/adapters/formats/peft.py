@@ -127,23 +127,26 @@ def config_for(modules: Mapping[str, LoraModule], *, use_dora: bool) -> dict[str
     return {**config, "use_dora": True} if use_dora else config
 
 
-def header_for(adapter: CanonicalAdapter) -> dict[str, Any]:
+def header_for(adapter: CanonicalAdapter, *, prefix_unet: bool) -> dict[str, Any]:
     """What diffusers keeps under METADATA_KEY: the configurations with their components as prefixes."""
     header: dict[str, Any] = {}
     for component in _COMPONENTS:
         modules = component_of(adapter, component)
         if modules:
             dora = any(module.magnitude is not None for module in modules.values())
-            config = config_for(modules, use_dora=dora)
-            header |= {f"{component}.{key}": value for key, value in config.items()}
+            prefix = f"{component}." if prefix_unet or component != "unet" else ""
+            header |= {f"{prefix}{key}": value for key, value in config_for(modules, use_dora=dora).items()}
     return header
 
 
 def component_of(adapter: CanonicalAdapter, component: str) -> dict[str, LoraModule]:
-    """The low-rank modules of a component, by their names in it."""
+    """The low-rank modules of a component, by their names in it.
+
+    PEFT matches names by their ends: without the level `text_model` they fit any version of transformers.
+    """
     prefix = f"{component}."
     return {
-        name.removeprefix(prefix): module
+        _bare(name.removeprefix(prefix)): module
         for name, module in adapter.low_rank.items()
         if name.startswith(prefix)
     }

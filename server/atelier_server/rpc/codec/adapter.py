@@ -19,6 +19,7 @@ _LAYOUTS = {
     pb.ADAPTER_FORMAT_DIFFUSERS: "diffusers",
     pb.ADAPTER_FORMAT_KOHYA: "kohya",
     pb.ADAPTER_FORMAT_PEFT: "peft",
+    pb.ADAPTER_FORMAT_TEXTUAL_INVERSION: "textual-inversion",
 }
 
 _MOST_FILES = 16
