@@ -130,6 +130,7 @@ class Receipt:
     image_sha256: str = ""
     mask_image_sha256: str = ""
     strength: float | None = None
+    clip_skip: int = 0
 
 
 @dataclass(frozen=True, slots=True)

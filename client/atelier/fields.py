@@ -51,6 +51,7 @@ class GenerateFields(TypedDict, total=False):
     image: Annotated[PictureFile, "image-to-image: the picture to begin with (PNG, JPEG, WebP)"]
     strength: Annotated[float, "above 0, to 1: how far from that picture (default: 0.8; with a mask: 1)"]
     mask_image: Annotated[PictureFile, "inpainting: white is painted anew, black stays"]
+    clip_skip: Annotated[int, "layers of the text encoders to leave out at the end (default: 0)"]
 
 
 class ImportFields(TypedDict, total=False):

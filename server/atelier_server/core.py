@@ -234,6 +234,7 @@ class GenerationJob:
     guidance_rescale: float = 0.0
     scheduler_options: SchedulerOptions = SchedulerOptions()
     init: InitImage | None = None
+    clip_skip: int = 0
     # Whose it is, where several share the device; and how it counts among them.
     client: str = ""
     priority: Priority = Priority.NORMAL
@@ -351,4 +352,5 @@ class BaseInfo:
     memory_total_bytes: int
     versions: tuple[tuple[str, str], ...]
     inpainting: bool = False
+    max_clip_skip: int = 0
     scheduler_options: tuple[tuple[str, tuple[str, ...]], ...] = ()

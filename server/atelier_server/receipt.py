@@ -54,6 +54,7 @@ class Receipt:
     image_sha256: str = ""
     mask_image_sha256: str = ""
     strength: float | None = None
+    clip_skip: int = 0
 
     def embedded(self) -> dict[str, object]:
         """As JSON takes it, without what is not set."""
@@ -95,5 +96,6 @@ def receipt(job: GenerationJob, base: BaseInfo, *, seed: int, num_images: int, b
         image_sha256=job.init.image_sha256 if job.init else "",
         mask_image_sha256=job.init.mask_sha256 if job.init else "",
         strength=job.init.strength if job.init else None,
+        clip_skip=job.clip_skip,
         **asdict(job.scheduler_options),
     )

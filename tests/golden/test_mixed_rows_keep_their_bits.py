@@ -18,7 +18,7 @@ from tests.adapters import random_adapter, write
 from tests.pictures import right_part, soft_colours
 
 SCHEDULERS = ("ddim", "euler", "euler-a", "dpmpp-2m", "unipc", "heun")
-SAMPLE, SOAK = 12, 150
+SAMPLE, SOAK = 8, 150
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,8 @@ INITS = (
     InitImage(soft_colours(), "soft", 1.0, right_part(), "right"),
     InitImage(soft_colours(), "soft", 0.6, right_part(), "right"),
 )
+# Short, none, weighted, and too long for pocket's text encoder.
+PROMPTS = ("a red octopus", "", "a (red:1.4) octopus (on a beach:0.5)", "a red octopus on a beach, " * 12)
 OPTIONS = (SchedulerOptions(), SchedulerOptions(timestep_spacing="trailing"))
 
 
@@ -48,6 +50,7 @@ class Drawn:
     """A request; `adapters` are indices."""
 
     adapters: list[int]
+    fading: bool
     scheduler: str
     steps: int
     guidance: float
@@ -55,11 +58,14 @@ class Drawn:
     seed: int
     init: InitImage | None
     options: SchedulerOptions
+    prompt: str
+    clip_skip: int
 
 
 REQUEST = st.builds(
     Drawn,
     adapters=st.lists(st.integers(0, 3), max_size=2, unique=True),
+    fading=st.booleans(),
     scheduler=st.sampled_from(SCHEDULERS),
     steps=st.integers(2, 4),
     guidance=st.sampled_from([1.0, 4.0]),
@@ -67,18 +73,22 @@ REQUEST = st.builds(
     seed=st.integers(0, 3),
     init=st.sampled_from(INITS),
     options=st.sampled_from(OPTIONS),
+    prompt=st.sampled_from(PROMPTS),
+    clip_skip=st.integers(0, 1),
 )
 
 
 def request(number: int, uses: list[AdapterUse], drawn: Drawn) -> GenerationJob:
-    composed = tuple(replace(uses[i], weight=0.5 + i / 4) for i in drawn.adapters)
+    weights = (1.0, 0.0) if drawn.fading else ()
+    composed = tuple(replace(uses[i], weight=0.5 + i / 4, weights=weights) for i in drawn.adapters)
     return replace(
-        job(f"r{number}", "a red octopus", *composed, steps=drawn.steps, seed=drawn.seed),
+        job(f"r{number}", drawn.prompt, *composed, steps=drawn.steps, seed=drawn.seed),
         scheduler=drawn.scheduler,
         scheduler_options=drawn.options,
         guidance_scale=drawn.guidance,
         guidance_rescale=drawn.rescale,
         init=drawn.init,
+        clip_skip=drawn.clip_skip,
         mode=Mode.STRICT,
         bucket=8,
     )

@@ -179,8 +179,8 @@ PROMPTS = (
     "a <two> and a <one>, and <two> again",
     "photo of<two>,a car. <one>",
     "<two><two>",
-    "x" * 30 + " fish" * 70 + " <one>",
-    "fish " * 73 + "<two> car",
+    "x" * 30 + " fish" * 40 + " <one>",
+    "fish " * 70 + "<two> car",
 )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from atelier_server.diffusion import prompts
 from atelier_server.diffusion.conditioning import TextEmbeds
 from atelier_server.diffusion.families import Family, UnsupportedModel
 from atelier_server.diffusion.loading import load_pipeline
@@ -64,20 +65,30 @@ class BaseModel:
     def encode_prompt(
         self, text: str, *, clip_skip: int = 0, words: Mapping[str, WordIds] = MappingProxyType({})
     ) -> TextEmbeds:
-        """A text as the U-Net hears it, with the text encoders' last `clip_skip` layers left out.
+        """A prompt as the U-Net hears it, with the text encoders' last `clip_skip` layers left out.
 
-        `words`: by text encoder, the ids of the learned tokens that the text may use. Always a batch of one,
-        so that the bits do not depend on what else is encoded.
+        It may be long, and have weighted parts (`prompts`). `words`: by text encoder, the ids of the learned
+        tokens that it may use. Always one text at a time, so that the bits do not depend on what else is
+        encoded. ValueError for one that is too long.
         """
-        ids = [encoder.tokenize(text, words.get(encoder.name)) for encoder in self.encoders]
-        return self.family.encode(self.encoders, ids, clip_skip)
+        return prompts.encode(self.family, self.encoders, text, clip_skip, words)
 
     def encode_negative(
-        self, text: str, *, words: Mapping[str, WordIds] = MappingProxyType({})
+        self, text: str, *, clip_skip: int = 0, words: Mapping[str, WordIds] = MappingProxyType({})
     ) -> TextEmbeds:
         """As `encode_prompt`, but an empty text is what the base learned to take for no prompt at all."""
-        embeds = self.encode_prompt(text, words=words)
+        embeds = self.encode_prompt(text, clip_skip=clip_skip, words=words)
         return embeds.zeros() if self._zeros_for_no_prompt and not text else embeds
+
+    def encode_caption(self, text: str) -> TextEmbeds:
+        """A training picture's caption, word for word; what does not fit the encoders is cut off."""
+        return self.family.encode(self.encoders, [encoder.tokenize(text) for encoder in self.encoders], 0)
+
+    @property
+    def max_clip_skip(self) -> int:
+        """How many layers may be left out so that one is left to hear."""
+        layers: int = min(encoder.model.config.num_hidden_layers for encoder in self.encoders)
+        return layers - (2 if len(self.encoders) > 1 else 1)  # SDXL never hears the last one
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,13 @@ class TextEmbeds:
         pooled = None if self.pooled is None else torch.zeros_like(self.pooled)
         return TextEmbeds(torch.zeros_like(self.states), pooled)
 
+    def lengthened(self, tokens: int, empty: TextEmbeds) -> TextEmbeds:
+        """With as many `empty` texts after it as make up `tokens`."""
+        missing = (tokens - len(self.states)) // len(empty.states)
+        return (
+            TextEmbeds(torch.cat([self.states, *[empty.states] * missing]), self.pooled) if missing else self
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Framing:

@@ -30,6 +30,11 @@ class Picture:
     controls: Sequence[Control] = ()
 
     @property
+    def tokens(self) -> int:
+        """How long the texts are; those of one forward are of one length."""
+        return self.prompt.prompt_embeds.shape[0]
+
+    @property
     def rows(self) -> int:
         return 1 if self.negative is None else 2
 

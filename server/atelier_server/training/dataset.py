@@ -64,7 +64,7 @@ class Dataset:
                 yield
             self.examples.append(Example(tuple(views), image.caption or recipe.instance_prompt))
         for caption in sorted({example.caption for example in self.examples}):
-            self.prompts[caption] = base.encode_prompt(caption)
+            self.prompts[caption] = base.encode_caption(caption)
             yield
         if recipe.caption_dropout > 0:
             # What guidance will later take for no prompt.

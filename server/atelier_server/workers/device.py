@@ -46,6 +46,7 @@ def describe(base: BaseModel, prediction_type: str) -> BaseInfo:
         memory_total_bytes=_total_memory(base.device),
         versions=tuple((package, importlib.metadata.version(package)) for package in _PACKAGES),
         inpainting=base.inpainting,
+        max_clip_skip=base.max_clip_skip,
         scheduler_options=tuple(all_options()),
     )
 

@@ -95,10 +95,11 @@ class TorchRunner:
         )
         adapters = [(use, slots[use.checkpoint]) for use in job.adapters]
         condition = partial(self.base.family.condition, framing=Framing.whole(job.width, job.height))
+        prompt, negative = self._texts.pair(job, adapters)
         self._pictures[task.arrival] = Picture(
             trajectory=trajectory,
-            prompt=condition(self._texts.prompt(job.prompt, adapters)),
-            negative=condition(self._texts.negative(job.negative_prompt, adapters)) if job.guided else None,
+            prompt=condition(prompt),
+            negative=condition(negative) if negative else None,
             guidance_scale=job.guidance_scale,
             guidance_rescale=job.guidance_rescale,
         )
@@ -109,6 +110,18 @@ class TorchRunner:
     def denoise(
         self, tasks: Sequence[ImageTask], bucket: int, slots: Mapping[CheckpointId, int]
     ) -> list[bool]:
+        # Texts of one length share a forward: a mask for the shorter ones would change their bits.
+        alike: dict[int, list[ImageTask]] = {}
+        for task in tasks:
+            alike.setdefault(self._pictures[task.arrival].tokens, []).append(task)
+        for group in alike.values():
+            self._step(group, bucket, slots)
+        if self.base.device.type == "cuda":
+            torch.cuda.synchronize(self.base.device)
+        return [self._pictures[task.arrival].trajectory.finished for task in tasks]
+
+    def _step(self, tasks: Sequence[ImageTask], bucket: int, slots: Mapping[CheckpointId, int]) -> None:
+        """One forward of exactly `bucket` rows."""
         pictures = [self._pictures[task.arrival] for task in tasks]
         rows: list[list[tuple[int, float]]] = []
         for task, picture in zip(tasks, pictures, strict=True):
@@ -118,9 +131,6 @@ class TorchRunner:
         rows += [[]] * (bucket - len(rows))
         with self.bank.use(self.gather(rows)):
             self.denoiser.step(pictures, bucket)
-        if self.base.device.type == "cuda":
-            torch.cuda.synchronize(self.base.device)
-        return [picture.trajectory.finished for picture in pictures]
 
     def decode(self, task: ImageTask, done: Callable[[Decoded], None]) -> None:
         latents = self._pictures[task.arrival].trajectory.latents[0]

@@ -6,15 +6,17 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from atelier_server.adapters.bank import SlotBank
-from atelier_server.core import AdapterUse
+from atelier_server.core import AdapterUse, GenerationJob
 from atelier_server.diffusion.base import BaseModel
 from atelier_server.diffusion.conditioning import TextEmbeds
+from atelier_server.errors import InvalidRequest, Violation
 
 _KEPT = 512
 Loaded = Sequence[tuple[AdapterUse, int]]
 """A picture's adapters, and the slots in which they lie."""
-# The text, whether it is a negative one, and the contents and weights of the adapters that change it.
-_Key = tuple[str, bool, tuple[tuple[str, float], ...]]
+# The text, whether it is a negative one, the layers left out, and contents and weights of the adapters that
+# change it.
+_Key = tuple[str, bool, int, tuple[tuple[str, float], ...]]
 
 
 class Texts:
@@ -26,30 +28,46 @@ class Texts:
         self._encoders = base.family.text_encoders
         self._kept: OrderedDict[_Key, TextEmbeds] = OrderedDict()
 
-    def prompt(self, text: str, adapters: Loaded = ()) -> TextEmbeds:
-        """With the adapters' changes of the text encoders, and their words.
+    def pair(self, job: GenerationJob, adapters: Loaded) -> tuple[TextEmbeds, TextEmbeds | None]:
+        """A picture's prompt, and its negative prompt if it is guided: of one length, the U-Net hears both.
 
-        Raises AdapterMismatch where two adapters have the same word.
+        Raises AdapterMismatch where two adapters have the same word, InvalidRequest for a text too long.
         """
-        return self._get(text, adapters, negative=False)
+        prompt = self.prompt(job.prompt, adapters, job.clip_skip)
+        if not job.guided:
+            return prompt, None
+        negative = self.negative(job.negative_prompt, adapters, job.clip_skip)
+        length = max(len(prompt.states), len(negative.states))
+        return (
+            prompt.lengthened(length, self.prompt("", adapters, job.clip_skip)),
+            negative.lengthened(length, self.negative("", adapters, job.clip_skip)),
+        )
 
-    def negative(self, text: str, adapters: Loaded = ()) -> TextEmbeds:
-        return self._get(text, adapters, negative=True)
+    def prompt(self, text: str, adapters: Loaded = (), clip_skip: int = 0) -> TextEmbeds:
+        """With the adapters' changes of the text encoders, and their words."""
+        return self._get(text, adapters, clip_skip, negative=False)
 
-    def _get(self, text: str, adapters: Loaded, *, negative: bool) -> TextEmbeds:
+    def negative(self, text: str, adapters: Loaded = (), clip_skip: int = 0) -> TextEmbeds:
+        return self._get(text, adapters, clip_skip, negative=True)
+
+    def _get(self, text: str, adapters: Loaded, clip_skip: int, *, negative: bool) -> TextEmbeds:
         heard = [(use, slot) for use, slot in adapters if self._bank.changes(slot, self._encoders)]
         # By content, not by slot: it stays the same when an adapter has been out and comes in again.
-        key = (text, negative, tuple(sorted((use.sha256, use.weight) for use, _ in heard)))
+        key = (text, negative, clip_skip, tuple(sorted((use.sha256, use.weight) for use, _ in heard)))
         if (embeds := self._kept.get(key)) is None:
             row = [(slot, use.weight) for use, slot in heard]
-            embeds = self._kept[key] = self._encoded(text, row, negative)
+            embeds = self._kept[key] = self._encoded(text, row, negative, clip_skip)
         self._kept.move_to_end(key)
         while len(self._kept) > _KEPT:
             self._kept.popitem(last=False)
         return embeds
 
-    def _encoded(self, text: str, row: list[tuple[int, float]], negative: bool) -> TextEmbeds:
+    def _encoded(self, text: str, row: list[tuple[int, float]], negative: bool, clip_skip: int) -> TextEmbeds:
         words = self._bank.words(row)
         encode = self._base.encode_negative if negative else self._base.encode_prompt
         with self._bank.use(self._bank.gather([row], self._encoders) if row else None, words):
-            return encode(text, words=words.ids)
+            try:
+                return encode(text, clip_skip=clip_skip, words=words.ids)
+            except ValueError as error:
+                field = "negative_prompt" if negative else "prompt"
+                raise InvalidRequest.of([Violation(field, str(error))]) from error

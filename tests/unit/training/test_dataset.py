@@ -138,9 +138,9 @@ def test_filling_yields_between_pieces_of_device_work(
 ) -> None:
     base, _ = resident
     calls: list[str] = []
-    encode_image, encode_prompt = base.encode_image, base.encode_prompt
+    encode_image, encode_caption = base.encode_image, base.encode_caption
     monkeypatch.setattr(base, "encode_image", lambda pixels: calls.append("image") or encode_image(pixels))
-    monkeypatch.setattr(base, "encode_prompt", lambda text: calls.append(text) or encode_prompt(text))
+    monkeypatch.setattr(base, "encode_caption", lambda text: calls.append(text) or encode_caption(text))
     dataset = Dataset()
     recipe = replace(RECIPE, resolution=32, random_flip=True, caption_dropout=0.1)
     seen = [len(calls) for _ in dataset.fill(pictures, recipe, base, generator())]

@@ -110,6 +110,7 @@ def decode_generate(
             size=(width, height),
             num_inference_steps=steps,
         ),
+        clip_skip=checks.integer("clip_skip", request.clip_skip, 0, base.max_clip_skip),
         mode=mode,
         bucket=bucket,
         image_format=_FORMATS.get(request.image_format, ImageFormat.PNG),
