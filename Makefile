@@ -36,6 +36,8 @@ image-test: .venv
 # Stubs, rules and dashboard (promtool), manifests (kubernetes-validate, strict), the operations page, licences.
 CHECKED := $(addprefix tests/unit/,test_protos_fresh.py monitoring k8s test_operations.py test_supply.py)
 check: .venv tools
+	@for tool in ruff mypy hadolint yamllint buf pip-audit; do test -x $(BIN)/$$tool || \
+	  { echo "check: $$tool is missing: rm -r .venv && make .venv" >&2; exit 1; }; done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
