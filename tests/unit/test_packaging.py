@@ -8,14 +8,20 @@ import tomllib
 import zipfile
 from email.message import Message
 from email.parser import Parser
+from importlib.metadata import packages_distributions
 from itertools import chain
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.unit.test_architecture import SOURCES, imports
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "scipy", "sqlalchemy"}
+
+SHIPPED = ("server", "s3", "otel")
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +109,21 @@ def test_no_committed_file_names_a_package_index() -> None:
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     assert "resolved" not in lock
     assert "://" not in constraints
+
+
+def test_every_import_is_of_a_declared_dependency() -> None:
+    """An environment in which something else brought it hides what is missing."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    shipped = [*project["dependencies"], *(need for name in SHIPPED for need in extras[name])]
+    declared = {canonicalize_name(Requirement(text).name) for text in shipped}
+    owners = packages_distributions()
+    undeclared = {
+        f"{found.module} imports {top}"
+        for found in imports()
+        if found.module.split(".")[0] in ("atelier", "atelier_server")
+        and not found.typing_only
+        and (top := found.target.split(".")[0]) not in {*sys.stdlib_module_names, *SOURCES, "IPython"}
+        and not declared & {canonicalize_name(name) for name in owners.get(top, ())}
+    }
+    assert undeclared == set()
