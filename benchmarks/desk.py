@@ -44,7 +44,9 @@ class Desk:
         """Imports adapter files into the store."""
         uses = []
         for file in files:
-            checkpoint, _ = self.runner.import_adapter(str(file), file.stem, False, ImportTerms())
+            checkpoint, _ = self.runner.import_adapter(
+                str(file), file.stem, False, ImportTerms(), lambda measure: measure()
+            )
             record = self.runner.store.last_checkpoint(checkpoint.name, checkpoint.version)
             assert record is not None
             uses.append(AdapterUse(checkpoint, 1.0, record.path, record.sha256))

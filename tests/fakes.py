@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from atelier_server.core import AdapterUse, CheckpointId, GenerationJob, Mode, Recipe, TrainingJob
-from atelier_server.engine.runner import Decoded, Memory, Published, StepReport
+from atelier_server.engine.runner import Decoded, Memory, OnDevice, Published, StepReport
 from atelier_server.engine.scheduler import ImageTask
 from atelier_server.errors import AdapterNotFound, OutOfMemory
 from atelier_server.report import AdapterReport, ImportTerms, TokenReport, UnmatchedPart
@@ -127,9 +128,10 @@ class FakeRunner:
         return FakeRun(job, self.log, self.broken)
 
     def import_adapter(
-        self, path: str, name: str, new_version: bool, terms: ImportTerms
+        self, path: str, name: str, new_version: bool, terms: ImportTerms, on_device: OnDevice
     ) -> tuple[CheckpointId, AdapterReport]:
-        return CheckpointId(name, 2 if new_version else 1, 0), REPORT
+        report = replace(REPORT, probe=on_device(lambda: 0.5))
+        return CheckpointId(name, 2 if new_version else 1, 0), report
 
     def export_adapter(self, use: AdapterUse, layout: str, path: str) -> tuple[int, str]:
         return len(path), layout

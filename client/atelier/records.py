@@ -75,7 +75,8 @@ class AdapterReport:
     """What an import understood of a file; labels are the file's own, the modules alone decided if it fits.
 
     `coverage`: what share of it fits; below 1 it was taken in part, and `unmatched` tells why. `probe`: how
-    far the U-Net's output moves, None where it was not measured.
+    far the U-Net's output moves, None where it was not measured. `difference_bytes`: what it takes on the
+    device beside its slot.
     """
 
     format: str
@@ -95,6 +96,7 @@ class AdapterReport:
     metadata: Mapping[str, str]
     norms: tuple[BlockNorm, ...]
     probe: float | None = None
+    difference_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

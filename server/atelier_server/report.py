@@ -45,7 +45,8 @@ class AdapterReport:
     shapes or the header, "" where nothing tells; whether a file fits is decided by its modules alone.
     `kinds`, `ranks`, `alphas`: how many modules of each. `norms`: of the change (Frobenius), by block.
     `coverage`: matched of all; below 1 the adapter was accepted in part. `probe`: how far the U-Net's output
-    moves, relative to its size; None where it was not measured.
+    moves, relative to its size; None where it was not measured. `difference_bytes`: what whole differences of
+    layers take on the device, beside the slot.
     """
 
     format: str
@@ -65,6 +66,7 @@ class AdapterReport:
     metadata: tuple[tuple[str, str], ...]
     norms: tuple[tuple[str, float], ...]
     probe: float | None = None
+    difference_bytes: int = 0
 
     @classmethod
     def of(cls, value: Mapping[str, Any]) -> Self:

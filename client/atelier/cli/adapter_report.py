@@ -47,9 +47,17 @@ def _facts(report: AdapterReport) -> Iterator[tuple[str, str]]:
     yield "triggers", ", ".join(report.triggers)
     yield "change", ", ".join(f"{entry.block} {entry.norm:.3g}" for entry in report.norms)
     if report.probe is not None:
-        yield "probe", f"the U-Net's output moves by {report.probe:.1%}"
+        yield "probe", _moves(report.probe)
+    if report.difference_bytes:
+        yield "cost", f"{output.size(report.difference_bytes)} on the device beside its slot"
     told = [f"{key} {report.metadata[key]}" for key in (*_TITLES, *_TOLD) if report.metadata.get(key)]
     yield "header", ", ".join(told)
+
+
+def _moves(probe: float) -> str:
+    if probe == 0:
+        return "warning: this adapter does nothing, the U-Net's output stays as it is"
+    return f"the U-Net's output moves by {probe:.1%}"
 
 
 def _counts(pairs: Iterator[tuple[str, int]]) -> str:

@@ -466,6 +466,7 @@ class AdapterReport(_message.Message):
     METADATA_FIELD_NUMBER: _builtins.int
     NORMS_FIELD_NUMBER: _builtins.int
     PROBE_FIELD_NUMBER: _builtins.int
+    DIFFERENCE_BYTES_FIELD_NUMBER: _builtins.int
     format: _builtins.str
     """How its tensors are named: "kohya", "diffusers", "peft", "comfyui", "lycoris", "textual-inversion"."""
     confidence: _builtins.float
@@ -481,7 +482,13 @@ class AdapterReport(_message.Message):
     coverage: _builtins.float
     """0 to 1: matched of all modules and tokens. Below 1 it was taken in part."""
     probe: _builtins.float
-    """How far the U-Net's output moves, relative to its size; absent where it was not measured."""
+    """How far the U-Net's output moves, relative to its size, in one small forward at weight 1; 0: it does
+    nothing. Absent where it was not measured.
+    """
+    difference_bytes: _builtins.int
+    """What whole differences of layers (full weights, LoKr and LoHa of high rank) take on the device beside
+    the slot; 0 for adapters of low rank.
+    """
     @_builtins.property
     def matched(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Modules of the base model that it changes."""
@@ -526,10 +533,11 @@ class AdapterReport(_message.Message):
         metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         norms: _abc.Iterable[Global___AdapterReport.BlockNorm] | None = ...,
         probe: _builtins.float | None = ...,
+        difference_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_probe", b"_probe", "probe", b"probe"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_probe", b"_probe", "alphas", b"alphas", "base_family", b"base_family", "confidence", b"confidence", "coverage", b"coverage", "evidence", b"evidence", "family", b"family", "format", b"format", "kinds", b"kinds", "matched", b"matched", "metadata", b"metadata", "norms", b"norms", "probe", b"probe", "ranks", b"ranks", "software", b"software", "tokens", b"tokens", "triggers", b"triggers", "unmatched", b"unmatched"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_probe", b"_probe", "alphas", b"alphas", "base_family", b"base_family", "confidence", b"confidence", "coverage", b"coverage", "difference_bytes", b"difference_bytes", "evidence", b"evidence", "family", b"family", "format", b"format", "kinds", b"kinds", "matched", b"matched", "metadata", b"metadata", "norms", b"norms", "probe", b"probe", "ranks", b"ranks", "software", b"software", "tokens", b"tokens", "triggers", b"triggers", "unmatched", b"unmatched"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__probe: _TypeAlias = _typing.Literal["probe"]  # noqa: Y015
     _WhichOneofArgType__probe: _TypeAlias = _typing.Literal["_probe", b"_probe"]  # noqa: Y015

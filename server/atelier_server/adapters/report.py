@@ -66,6 +66,12 @@ def tokens_of(adapter: CanonicalAdapter) -> tuple[TokenReport, ...]:
     )
 
 
+def difference_bytes(adapter: CanonicalAdapter, itemsize: int) -> int:
+    """What its whole differences take on the device, in each slot that holds it."""
+    dense = (module for module in adapter.modules.values() if not isinstance(module, LoraModule))
+    return sum(module.weight.numel() * itemsize for module in dense if module.weight is not None)
+
+
 _T = TypeVar("_T", int, float, str)
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
 from time import monotonic
 
 from atelier_server.core import AdapterUse, CheckpointId, GenerationJob, TrainingJob
+from atelier_server.engine.aside import Aside, DeviceWork
 from atelier_server.engine.generations import Generations
 from atelier_server.engine.residency import Residency
 from atelier_server.engine.runner import Decoded, Runner
@@ -18,8 +20,6 @@ from atelier_server.engine.scheduler import DenoiseBatch, ImageTask, Scheduler, 
 from atelier_server.engine.trainings import SampleDefaults, Trainings
 from atelier_server.errors import AtelierError, OutOfMemory
 from atelier_server.messages import (
-    AdapterExported,
-    AdapterImported,
     AdapterLoaded,
     AdaptersUnloaded,
     CallFailed,
@@ -51,13 +51,13 @@ class TaskDecoded:
     picture: Decoded
 
 
-Message = Command | TaskDecoded
+Message = Command | TaskDecoded | DeviceWork
 
 
 class Loop:
     """Runs until it is drained. `emit` must never block, and may be called from any thread.
 
-    `aside` does what needs files and no device: importing and exporting.
+    `aside` does what needs files and hardly any device: see `engine.aside`.
     """
 
     def __init__(
@@ -72,9 +72,9 @@ class Loop:
         aside: Executor | None = None,
     ) -> None:
         self._runner = runner
-        self._aside = aside or ThreadPoolExecutor(max_workers=1, thread_name_prefix="aside")
         self._inbox = inbox
         self._send = emit
+        self._aside = Aside(runner=runner, send=emit, ask=inbox.put, failure=self._failure, executor=aside)
         self.residency = Residency(slots)
         self.scheduler = Scheduler(self.residency, row_limit)
         self.generations = Generations(self._emit_generation)
@@ -92,6 +92,11 @@ class Loop:
     def run(self) -> None:
         while not (self._draining and not self.generations.live):
             self.turn()
+        self._aside.end()
+        with suppress(Empty):
+            while True:
+                if isinstance(message := self._inbox.get_nowait(), DeviceWork):
+                    message.refuse()
 
     def turn(self) -> None:
         """Takes the messages there are (waiting for one where there is nothing to do), then runs one step."""
@@ -113,7 +118,7 @@ class Loop:
             idle = False
             self._handle(message)
 
-    def _handle(self, message: Command | TaskDecoded) -> None:
+    def _handle(self, message: Message) -> None:
         match message:
             case Submit(job=GenerationJob() as job, origin=origin):
                 self._submit_generation(job, origin)
@@ -128,7 +133,9 @@ class Loop:
             case LoadAdapter() | UnloadAdapter():
                 self._call(message)
             case ImportAdapter() | ExportAdapter():
-                self._aside.submit(self._call, message)
+                self._aside.submit(message)
+            case DeviceWork():
+                message.run()
 
     # ---------------------------------------------------------------------------------------- generations
     def _submit_generation(self, job: GenerationJob, origin: Origin) -> None:
@@ -335,14 +342,14 @@ class Loop:
             self.trainings.drop(training_id)
 
     # ---------------------------------------------------------------------------------------- adapter calls
-    def _call(self, command: LoadAdapter | UnloadAdapter | ImportAdapter | ExportAdapter) -> None:
+    def _call(self, command: LoadAdapter | UnloadAdapter) -> None:
         try:
             self._send(self._answer(command))
         except Exception as error:
             failure = self._failure("", error)
             self._send(CallFailed(command.call_id, failure.reason, failure.message, failure.metadata))
 
-    def _answer(self, command: LoadAdapter | UnloadAdapter | ImportAdapter | ExportAdapter) -> Event:
+    def _answer(self, command: LoadAdapter | UnloadAdapter) -> Event:
         match command:
             case LoadAdapter(call_id=call_id, use=use):
                 resident = self.residency.slot(use.checkpoint) is not None
@@ -350,14 +357,6 @@ class Loop:
                 return AdapterLoaded(call_id, not resident)
             case UnloadAdapter(call_id=call_id, checkpoints=checkpoints):
                 return AdaptersUnloaded(call_id, self._unload(checkpoints))
-            case ImportAdapter(call_id=call_id):
-                checkpoint, report = self._runner.import_adapter(
-                    command.path, command.name, command.new_version, command.terms
-                )
-                return AdapterImported(call_id, checkpoint, report)
-            case ExportAdapter(call_id=call_id, use=use, layout=layout, path=path):
-                size, sha256 = self._runner.export_adapter(use, layout, path)
-                return AdapterExported(call_id, path, size, sha256)
 
     def _in_use(self) -> frozenset[CheckpointId]:
         return frozenset[CheckpointId]().union(*(task.checkpoints for task in self.scheduler.tasks))

@@ -11,6 +11,8 @@ from atelier_server.engine.scheduler import ImageTask
 from atelier_server.errors import OutOfMemory
 from atelier_server.report import AdapterReport, ImportTerms
 
+OnDevice = Callable[[Callable[[], float | None]], float | None]
+
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
@@ -101,9 +103,9 @@ class Runner(Protocol):
     def open_training(self, job: TrainingJob) -> TrainingRun: ...
 
     def import_adapter(
-        self, path: str, name: str, new_version: bool, terms: ImportTerms
+        self, path: str, name: str, new_version: bool, terms: ImportTerms, on_device: OnDevice
     ) -> tuple[CheckpointId, AdapterReport]:
-        """Checks and publishes a file or folder."""
+        """Checks and publishes a file or folder; `on_device` runs what has to be tried on the device."""
 
     def export_adapter(self, use: AdapterUse, layout: str, path: str) -> tuple[int, str]:
         """Writes a checkpoint in a layout: size in bytes and sha256."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
@@ -14,6 +15,7 @@ from atelier_server.adapters.exporter import Layout, write_adapter
 from atelier_server.adapters.host import pinned
 from atelier_server.adapters.importer import Base, import_file
 from atelier_server.adapters.records import REPORT_FILE
+from atelier_server.adapters.report import difference_bytes
 from atelier_server.adapters.store import ADAPTER_FILE, AdapterStore
 from atelier_server.adapters.stored import decode_stored, write_stored
 from atelier_server.core import AdapterUse, CheckpointId
@@ -46,14 +48,25 @@ class AdapterFiles:
         return pinned(adapter) if self._base.device.type == "cuda" else adapter
 
     def take(
-        self, path: Path, name: str, new_version: bool, terms: ImportTerms
+        self,
+        path: Path,
+        name: str,
+        new_version: bool,
+        terms: ImportTerms,
+        measure: Callable[[CanonicalAdapter], float | None],
     ) -> tuple[CheckpointId, AdapterReport]:
         """Publishes a foreign file or folder as step 0 of a new version, with its report beside it.
 
-        Raises UnsupportedFormat, AdapterMismatch, AdapterExists, StorageFull.
+        `measure` tells how far an adapter moves the U-Net, and refuses one that breaks it. Raises
+        UnsupportedFormat, AdapterMismatch, AdapterExists, StorageFull.
         """
         adapter, report = import_file(path, self._fit, terms, name.rpartition("/")[2])
         self._bank.check(adapter)
+        report = replace(
+            report,
+            probe=measure(adapter),
+            difference_bytes=difference_bytes(adapter, self._base.dtype.itemsize),
+        )
 
         def write(folder: Path) -> None:
             write_stored(adapter, folder / ADAPTER_FILE)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from atelier_server.adapters.bank import ActiveRows, RowsKey, SlotBank
+from atelier_server.adapters.canonical import CanonicalAdapter
 from atelier_server.adapters.host import HostTier
 from atelier_server.adapters.store import AdapterStore, CheckpointRecord
 from atelier_server.core import AdapterUse, BaseInfo, CheckpointId, Costs, TrainingJob
@@ -28,7 +29,7 @@ from atelier_server.diffusion.images import encode_picture
 from atelier_server.diffusion.init_image import InitImages
 from atelier_server.diffusion.meter import peak_bytes
 from atelier_server.diffusion.trajectory import Trajectory
-from atelier_server.engine.runner import Decoded, Memory, Published, StepReport
+from atelier_server.engine.runner import Decoded, Memory, OnDevice, Published, StepReport
 from atelier_server.engine.scheduler import ImageTask
 from atelier_server.errors import NonfiniteImage, OutOfMemory
 from atelier_server.messages import WorkerSettings
@@ -37,6 +38,7 @@ from atelier_server.report import AdapterReport, ImportTerms
 from atelier_server.training.trainer import LoraTrainer
 from atelier_server.workers import device
 from atelier_server.workers.adapters import AdapterFiles
+from atelier_server.workers.probe import Probe
 from atelier_server.workers.texts import Texts
 
 # Of the free memory; the rest is for what kernels use inside, and for fragments.
@@ -55,6 +57,7 @@ class TorchRunner:
         for component in ("unet", *self.base.family.text_encoders):
             self.bank.wrap(self.base.modules[component], component)
         self.denoiser = Denoiser(self.base.unet, self.base.scheduler_config)
+        self._probe = Probe(self.base, self.denoiser, self.bank)
         self._info = device.describe(self.base, self.denoiser.prediction_type)
         self.store = AdapterStore.at(
             Path(settings.data_dir), settings.store, settings.store_cache_bytes, settings.owner
@@ -191,9 +194,20 @@ class TorchRunner:
         self.bank.clear(slot)
 
     def import_adapter(
-        self, path: str, name: str, new_version: bool, terms: ImportTerms
+        self, path: str, name: str, new_version: bool, terms: ImportTerms, on_device: OnDevice
     ) -> tuple[CheckpointId, AdapterReport]:
-        return self._files.take(Path(path), name, new_version, terms)
+        return self._files.take(
+            Path(path), name, new_version, terms, lambda adapter: on_device(lambda: self._tried(adapter))
+        )
+
+    def _tried(self, adapter: CanonicalAdapter) -> float | None:
+        """How far it moves the U-Net; None where that does not fit the memory of now."""
+        try:
+            return self._probe.measure(adapter)
+        except Exception as error:
+            if self.out_of_memory(error) is None:
+                raise
+            return None
 
     def export_adapter(self, use: AdapterUse, layout: str, path: str) -> tuple[int, str]:
         return self._files.export(use, layout, Path(path))

@@ -122,6 +122,7 @@ def encode_report(report: AdapterReport) -> pb.AdapterReport:
         metadata=dict(report.metadata),
         norms=[message.BlockNorm(block=block, norm=norm) for block, norm in report.norms],
         probe=report.probe,
+        difference_bytes=report.difference_bytes,
     )
 
 

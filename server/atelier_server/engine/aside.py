@@ -1,0 +1,108 @@
+"""Calls that need files and hardly any device: they run beside the loop, on threads of their own.
+
+What such a call has to try on the device it hands to the loop, which does it between two steps.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from atelier_server.engine.runner import Runner
+from atelier_server.errors import ServerDraining
+from atelier_server.messages import (
+    AdapterExported,
+    AdapterImported,
+    CallFailed,
+    Event,
+    ExportAdapter,
+    ImportAdapter,
+    JobFailed,
+)
+
+AsideCommand = ImportAdapter | ExportAdapter
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceWork:
+    """From another thread: something to do between two steps."""
+
+    measure: Callable[[], float | None]
+    done: Future[float | None]
+
+    def run(self) -> None:
+        if self.done.set_running_or_notify_cancel():
+            try:
+                self.done.set_result(self.measure())
+            except Exception as error:
+                self.done.set_exception(error)
+
+    def refuse(self) -> None:
+        """The loop has ended."""
+        if self.done.set_running_or_notify_cancel():
+            self.done.set_exception(_ending())
+
+
+class Aside:
+    """`ask` hands work to the loop, `failure` says what an error tells the front.
+
+    Made by the thread that runs the loop.
+    """
+
+    def __init__(
+        self,
+        *,
+        runner: Runner,
+        send: Callable[[Event], None],
+        ask: Callable[[DeviceWork], None],
+        failure: Callable[[str, Exception], JobFailed],
+        executor: Executor | None = None,
+    ) -> None:
+        self._runner = runner
+        self._send = send
+        self._ask = ask
+        self._failure = failure
+        self._executor = executor or ThreadPoolExecutor(max_workers=1, thread_name_prefix="aside")
+        self._loop = threading.get_ident()
+        self._ended = threading.Event()
+
+    def submit(self, command: AsideCommand) -> None:
+        self._executor.submit(self._call, command)
+
+    def end(self) -> None:
+        """The loop takes no more work. What it has not taken yet, it has to `refuse`."""
+        self._ended.set()
+
+    def _call(self, command: AsideCommand) -> None:
+        try:
+            self._send(self._answer(command))
+        except Exception as error:
+            failure = self._failure("", error)
+            self._send(CallFailed(command.call_id, failure.reason, failure.message, failure.metadata))
+
+    def _answer(self, command: AsideCommand) -> Event:
+        match command:
+            case ImportAdapter(call_id=call_id):
+                checkpoint, report = self._runner.import_adapter(
+                    command.path, command.name, command.new_version, command.terms, self._on_device
+                )
+                return AdapterImported(call_id, checkpoint, report)
+            case ExportAdapter(call_id=call_id, use=use, layout=layout, path=path):
+                size, sha256 = self._runner.export_adapter(use, layout, path)
+                return AdapterExported(call_id, path, size, sha256)
+
+    def _on_device(self, measure: Callable[[], float | None]) -> float | None:
+        if threading.get_ident() == self._loop:
+            return measure()
+        work = DeviceWork(measure, Future())
+        self._ask(work)
+        # The loop may have ended without having seen it.
+        if self._ended.is_set() and work.done.cancel():
+            raise _ending()
+        return work.done.result()
+
+
+def _ending() -> ServerDraining:
+    return ServerDraining("the worker ends; the next one can do it")

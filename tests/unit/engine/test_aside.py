@@ -1,0 +1,88 @@
+"""Calls beside the loop: what they try on the device waits for its turn, never for a loop that has ended."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
+
+import pytest
+
+from atelier_server.engine.aside import DeviceWork
+from atelier_server.engine.loop import Loop, Message
+from atelier_server.engine.trainings import SampleDefaults
+from atelier_server.errors import ServerDraining
+from atelier_server.messages import (
+    AdapterImported,
+    CallFailed,
+    Drain,
+    Event,
+    GenerationCompleted,
+    ImportAdapter,
+    Submit,
+)
+from atelier_server.report import ImportTerms
+from tests.fakes import FakeRunner, generation
+
+
+class Desk:
+    """A real loop on this thread, with a real thread aside."""
+
+    def __init__(self, aside: ThreadPoolExecutor) -> None:
+        self.events: list[Event] = []
+        self.inbox: SimpleQueue[Message] = SimpleQueue()
+        self.loop = Loop(
+            runner=FakeRunner(),
+            inbox=self.inbox,
+            emit=self.emit,
+            slots=4,
+            sample_defaults=SampleDefaults(64, 64, "ddim"),
+            aside=aside,
+        )
+
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
+        if isinstance(event, AdapterImported):
+            self.inbox.put(Drain())
+
+
+def test_what_an_import_tries_is_done_between_the_steps_of_a_picture() -> None:
+    with ThreadPoolExecutor(1) as aside:
+        desk = Desk(aside)
+        desk.inbox.put(Submit(generation("a")))
+        desk.inbox.put(ImportAdapter("1", "f", "n", False, ImportTerms()))
+        desk.loop.run()
+    [imported] = [event for event in desk.events if isinstance(event, AdapterImported)]
+    assert imported.report.probe == 0.5
+    assert any(isinstance(event, GenerationCompleted) for event in desk.events)
+
+
+@pytest.mark.parametrize("first", ["import", "drain"])
+def test_an_import_at_the_end_is_refused_and_holds_nothing_up(first: str) -> None:
+    with ThreadPoolExecutor(1) as aside:
+        desk = Desk(aside)
+        messages: list[Message] = [ImportAdapter("1", "f", "n", False, ImportTerms()), Drain()]
+        for message in messages if first == "import" else [messages[1], messages[0]]:
+            desk.inbox.put(message)
+        desk.loop.run()
+    answers = [event for event in desk.events if isinstance(event, AdapterImported | CallFailed)]
+    assert len(answers) == 1  # done just in time, or refused
+    assert isinstance(answers[0], AdapterImported) or answers[0].reason == "SERVER_DRAINING"
+
+
+def test_refused_work_tells_its_caller_and_is_not_run() -> None:
+    ran = []
+    work = DeviceWork(lambda: ran.append(1), Future())  # type: ignore[func-returns-value]
+    work.refuse()
+    assert not ran
+    with pytest.raises(ServerDraining):
+        work.done.result(0)
+
+
+def test_work_that_fails_tells_its_caller() -> None:
+    def broken() -> float:
+        raise ValueError("no")
+
+    work = DeviceWork(broken, Future())
+    work.run()
+    with pytest.raises(ValueError, match="no"):
+        work.done.result(0)
