@@ -83,11 +83,10 @@ def ours(base: BaseModel, case: Case) -> np.ndarray:
         init=InitImages(base).latents(case.init) if case.init else None,
         inpainting_unet=base.inpainting,
     )
-    hear = {"clip_skip": case.clip_skip}
-    negative = base.family.condition(base.encode_negative(case.negative, **hear), framing)
+    negative = base.family.condition(base.encode_negative(case.negative), framing)
     picture = Picture(
         trajectory,
-        prompt=base.family.condition(base.encode_prompt(case.prompt, **hear), framing),
+        prompt=base.family.condition(base.encode_prompt(case.prompt, clip_skip=case.clip_skip), framing),
         negative=negative if case.scale > 1 else None,
         guidance_scale=case.scale,
     )

@@ -211,7 +211,9 @@ class GenerateRequest(_message.Message):
     inpainting model (`base_model.inpainting`) needs both.
     """
     clip_skip: _builtins.int
-    """How many of the text encoders' last layers are left out. Default 0."""
+    """How many of the text encoders' last layers are left out of the prompt (as diffusers' pipelines do, not of
+    the negative prompt). Default 0.
+    """
     priority: Global___Priority.ValueType
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterSelection]:

@@ -74,10 +74,10 @@ class BaseModel:
         return prompts.encode(self.family, self.encoders, text, clip_skip, words)
 
     def encode_negative(
-        self, text: str, *, clip_skip: int = 0, words: Mapping[str, WordIds] = MappingProxyType({})
+        self, text: str, *, words: Mapping[str, WordIds] = MappingProxyType({})
     ) -> TextEmbeds:
         """As `encode_prompt`, but an empty text is what the base learned to take for no prompt at all."""
-        embeds = self.encode_prompt(text, clip_skip=clip_skip, words=words)
+        embeds = self.encode_prompt(text, words=words)
         return embeds.zeros() if self._zeros_for_no_prompt and not text else embeds
 
     def encode_caption(self, text: str) -> TextEmbeds:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 
 from atelier_server.adapters.bank import SlotBank
 from atelier_server.core import AdapterUse, GenerationJob
@@ -36,19 +37,20 @@ class Texts:
         prompt = self.prompt(job.prompt, adapters, job.clip_skip)
         if not job.guided:
             return prompt, None
-        negative = self.negative(job.negative_prompt, adapters, job.clip_skip)
+        # As diffusers' pipelines have it: the negative prompt is heard to the last layer.
+        negative = self.negative(job.negative_prompt, adapters)
         length = max(len(prompt.states), len(negative.states))
         return (
             prompt.lengthened(length, self.prompt("", adapters, job.clip_skip)),
-            negative.lengthened(length, self.negative("", adapters, job.clip_skip)),
+            negative.lengthened(length, self.negative("", adapters)),
         )
 
     def prompt(self, text: str, adapters: Loaded = (), clip_skip: int = 0) -> TextEmbeds:
         """With the adapters' changes of the text encoders, and their words."""
         return self._get(text, adapters, clip_skip, negative=False)
 
-    def negative(self, text: str, adapters: Loaded = (), clip_skip: int = 0) -> TextEmbeds:
-        return self._get(text, adapters, clip_skip, negative=True)
+    def negative(self, text: str, adapters: Loaded = ()) -> TextEmbeds:
+        return self._get(text, adapters, 0, negative=True)
 
     def _get(self, text: str, adapters: Loaded, clip_skip: int, *, negative: bool) -> TextEmbeds:
         heard = [(use, slot) for use, slot in adapters if self._bank.changes(slot, self._encoders)]
@@ -64,10 +66,11 @@ class Texts:
 
     def _encoded(self, text: str, row: list[tuple[int, float]], negative: bool, clip_skip: int) -> TextEmbeds:
         words = self._bank.words(row)
-        encode = self._base.encode_negative if negative else self._base.encode_prompt
+        base = self._base
+        encode = base.encode_negative if negative else partial(base.encode_prompt, clip_skip=clip_skip)
         with self._bank.use(self._bank.gather([row], self._encoders) if row else None, words):
             try:
-                return encode(text, clip_skip=clip_skip, words=words.ids)
+                return encode(text, words=words.ids)
             except ValueError as error:
                 field = "negative_prompt" if negative else "prompt"
                 raise InvalidRequest.of([Violation(field, str(error))]) from error

@@ -141,6 +141,8 @@ def test_filling_yields_between_pieces_of_device_work(
     encode_image, encode_caption = base.encode_image, base.encode_caption
     monkeypatch.setattr(base, "encode_image", lambda pixels: calls.append("image") or encode_image(pixels))
     monkeypatch.setattr(base, "encode_caption", lambda text: calls.append(text) or encode_caption(text))
+    encode_negative = base.encode_negative
+    monkeypatch.setattr(base, "encode_negative", lambda text: calls.append(text) or encode_negative(text))
     dataset = Dataset()
     recipe = replace(RECIPE, resolution=32, random_flip=True, caption_dropout=0.1)
     seen = [len(calls) for _ in dataset.fill(pictures, recipe, base, generator())]
