@@ -227,6 +227,21 @@ class Limits:
     max_queued_generations: int
     max_train_batch_size: int
     max_request_bytes: int = 0
+    max_generate_calls: int = 0
+    max_train_calls: int = 0
+    max_control_calls: int = 0
+    max_uploads: int = 0
+    max_queued_trainings: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Quotas:
+    """What the caller's tenant may have at once; None is without bound."""
+
+    max_images: int | None = None
+    max_trainings: int | None = None
+    max_stored_bytes: int | None = None
+    max_train_steps_per_day: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +253,9 @@ class AdapterSlots:
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """`ready`: the worker takes Generate and Train; otherwise `message` says why not."""
+    """`ready`: the worker takes Generate and Train; otherwise `message` says why not. `tenant` is whose
+    the call was.
+    """
 
     ready: bool
     message: str
@@ -249,3 +266,5 @@ class ServerInfo:
     versions: dict[str, str]
     worker_restarts: int
     schedulers: tuple[str, ...]
+    tenant: str = ""
+    quotas: Quotas = Quotas()

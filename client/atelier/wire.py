@@ -59,6 +59,7 @@ MESSAGES: dict[type[Any], type[Message]] = {
     records.Device: server_pb2.Device,
     records.Limits: server_pb2.Limits,
     records.AdapterSlots: server_pb2.AdapterSlots,
+    records.Quotas: server_pb2.Quotas,
 }
 _RECORDS = {message.DESCRIPTOR.full_name: record for record, message in MESSAGES.items()}
 

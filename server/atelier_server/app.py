@@ -28,6 +28,7 @@ from atelier_server.jobs.training_runs import TrainingRuns, count_checkpoints
 from atelier_server.jobs.trainings import Trainings
 from atelier_server.jobs.uploads import Uploads
 from atelier_server.jobs.wardrobe import Wardrobe
+from atelier_server.jobs.watchdog import Watchdog
 from atelier_server.messages import Drain, WorkerSettings
 from atelier_server.metrics import Metrics, MetricsServer
 from atelier_server.preflight import check, open_access
@@ -64,7 +65,7 @@ class Application:
         self._store = AdapterStore.at(
             root, settings.store, settings.store_cache_bytes, self._directory.identity
         )
-        self._uploads = Uploads(root / "uploads")
+        self._uploads = Uploads(root / "uploads", limit=limits.max_uploads)
         self._book = Book(root / "atelier.db")
         log = TrainingLog(self._book, root / "trainings")
         self._log = log
@@ -100,6 +101,7 @@ class Application:
             calls=calls,
             metrics=self.metrics,
             tracer=self._tracer,
+            watchdog=Watchdog(settings.stall_seconds),
             changed=self._worker_changed,
         )
         self._server = build_server(
@@ -107,12 +109,11 @@ class Application:
             trainings=self.trainings,
             wardrobe=wardrobe,
             status=self.status,
-            limits=limits,
+            settings=settings,
             metrics=self.metrics,
             tracer=self._tracer,
             health=self._health,
             identity=access.identity,
-            reflected=settings.reflection,
         )
         self._health_server = build_health_server(self._health) if settings.health_port >= 0 else None
         self._metrics_server: MetricsServer | None = None

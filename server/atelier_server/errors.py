@@ -19,6 +19,9 @@ AtelierError                       INTERNAL             INTERNAL
 |   +-- NonfiniteImage             FAILED_PRECONDITION  NONFINITE_IMAGE
 +-- ResourceExhausted              RESOURCE_EXHAUSTED
 |   +-- QueueFull                  RESOURCE_EXHAUSTED   QUEUE_FULL
+|   +-- TooManyCalls               RESOURCE_EXHAUSTED   TOO_MANY_CALLS
+|   +-- TooManyUploads             RESOURCE_EXHAUSTED   TOO_MANY_UPLOADS
+|   +-- SlowConsumer               RESOURCE_EXHAUSTED   SLOW_CONSUMER
 |   +-- OutOfMemory                RESOURCE_EXHAUSTED   OUT_OF_MEMORY
 |   +-- StorageFull                RESOURCE_EXHAUSTED   STORAGE_FULL
 |   +-- QuotaExceeded              RESOURCE_EXHAUSTED   QUOTA_EXCEEDED
@@ -182,6 +185,22 @@ class ResourceExhausted(AtelierError):
 class QueueFull(ResourceExhausted):
     reason = "QUEUE_FULL"
     retry_after_seconds = 5.0
+
+
+class TooManyCalls(ResourceExhausted):
+    reason = "TOO_MANY_CALLS"
+    retry_after_seconds = 1.0
+
+
+class TooManyUploads(ResourceExhausted):
+    reason = "TOO_MANY_UPLOADS"
+    retry_after_seconds = 5.0
+
+
+class SlowConsumer(ResourceExhausted):
+    """Nobody has read this stream for a while; what it showed goes on or is kept, as if it had been left."""
+
+    reason = "SLOW_CONSUMER"
 
 
 class OutOfMemory(ResourceExhausted):

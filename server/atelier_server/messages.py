@@ -268,7 +268,10 @@ class CallFailed:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Sent about once a second and whenever residency changes, also in the middle of long work."""
+    """Sent about once a second and whenever residency changes, also in the middle of long work.
+
+    `turns` counts the steps that the device has begun; `idle`: it waits for something to do.
+    """
 
     queued_generations: int
     running_images: int
@@ -279,6 +282,8 @@ class Heartbeat:
     memory_peak_bytes: int
     component_bytes: tuple[tuple[str, int], ...] = ()
     host_adapters: int = 0
+    turns: int = 0
+    idle: bool = True
 
 
 @dataclass(frozen=True, slots=True)

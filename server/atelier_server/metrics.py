@@ -128,7 +128,7 @@ TABLE = (
         "worker_restarts_total",
         Counter,
         "Workers lost and started again.",
-        {"reason": ("signal", "exit")},
+        {"reason": ("signal", "exit", "stalled")},
     ),
     Metric("build_info", Gauge, "1, labelled with the server's version.", {"version": FREE}),
 )
@@ -245,8 +245,9 @@ class Metrics:
         if base is not None:
             self.heartbeat(Heartbeat(0, 0, 0, (), 0, 0, 0, tuple((c, 0) for c in _COMPONENTS)), base)
 
-    def worker_lost(self, exit_code: int | None) -> None:
-        reason = "signal" if exit_code is not None and exit_code < 0 else "exit"
+    def worker_lost(self, exit_code: int | None, *, stalled: bool = False) -> None:
+        ended = "signal" if exit_code is not None and exit_code < 0 else "exit"
+        reason = "stalled" if stalled else ended
         self.observe(Sample("worker_restarts_total", 1, (reason,)))
 
     def heartbeat(self, heartbeat: Heartbeat, base: BaseInfo) -> None:

@@ -1,8 +1,10 @@
 """A worker without a device, for contract tests: it speaks the wire and does what prompts tell it to.
 
-Generations: hold (wait until cancelled or released; alone it is done at once),
+Generations: wait (nothing is painted until released),
+hold (wait until cancelled or released; alone it is done at once),
 release (finish those held), crash (die), crash-once,
-image-crash-once (die after the first picture), fail, big (3 MiB pictures). Trainings, by instance prompt:
+image-crash-once (die after the first picture), fail, big (3 MiB pictures), hang-once (alive, and no step
+ends), freeze-once (no sign of life). Trainings, by instance prompt:
 hold, crash, crash-once, nan, silent-crash-once (publish without saying so, then die).
 A picture's bytes are JSON that tells what the worker has seen.
 """
@@ -16,6 +18,9 @@ import shutil
 import signal
 import socket
 import sys
+import threading
+import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -55,15 +60,24 @@ class FakeWorker:
         self.resident: set[core.CheckpointId] = set()
         self.held: dict[str, core.GenerationJob | core.TrainingJob] = {}
         self.seen = {"submitted": 0, "cancelled": 0}
+        self.idle = True
+        self.lock = threading.Lock()
         if settings.model == "broken":
             self.say(messages.WorkerFailed("UNSUPPORTED_FORMAT", "there is no such model"))
             sys.exit(1)
         self.say(messages.WorkerReady(BASE, settings.slots, core.Costs(0.01, 100.0, 100.0, 10**9)))
 
     def say(self, *events: messages.Event) -> None:
-        for event in events:
-            self.stream.write(wire.frame(event))
-        self.stream.flush()
+        with self.lock:
+            for event in events:
+                self.stream.write(wire.frame(event))
+            self.stream.flush()
+
+    def keep_beating(self) -> None:
+        while True:
+            time.sleep(0.1)
+            with suppress(OSError):
+                self.beat()
 
     def die(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -75,6 +89,7 @@ class FakeWorker:
         return fresh
 
     def run(self) -> None:
+        threading.Thread(target=self.keep_beating, daemon=True).start()
         while True:
             match wire.read(self.stream):
                 case messages.Submit(core.GenerationJob() as job):
@@ -101,12 +116,21 @@ class FakeWorker:
 
     # -------------------------------------------------------------------------------------- generations
     def generate(self, job: core.GenerationJob) -> None:
+        if job.prompt == "wait":
+            self.held[job.id] = job
+            self.say(messages.Queued(job.id, 1))
+            return
         self.say(messages.Queued(job.id, 0), messages.Progress(job.id, 1, job.num_inference_steps))
         if job.prompt == "hold" and not job.alone:
             self.held[job.id] = job
             return
         if job.prompt == "crash" or (job.prompt == "crash-once" and self.first_time("crash")):
             self.die()
+        if job.prompt == "hang-once" and self.first_time("hang"):
+            self.idle = False
+            signal.pause()
+        if job.prompt == "freeze-once" and self.first_time("freeze"):
+            os.kill(os.getpid(), signal.SIGSTOP)
         if job.prompt == "fail":
             self.say(messages.JobFailed(job.id, "NONFINITE_IMAGE", "not a number", (("index", "0"),)))
             return
@@ -222,7 +246,8 @@ class FakeWorker:
         self.say(messages.AdapterImported(call_id, record.id, REPORT))
 
     def beat(self) -> None:
-        self.say(messages.Heartbeat(0, 0, 0, tuple(sorted(self.resident)), 10, 20, 30, (("base", 5),)))
+        resident = tuple(sorted(self.resident))
+        self.say(messages.Heartbeat(0, 0, 0, resident, 10, 20, 30, (("base", 5),), idle=self.idle))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import typer
 
 from atelier.cli import flags, output
@@ -21,6 +23,9 @@ def info(*, server: flags.Server = flags.DEFAULT_SERVER, json: flags.Json = Fals
         output.out(f"pictures {base.native_width} x {base.native_height}, scheduler {base.default_scheduler}")
         output.out(f"device   {device.name} {device.dtype}, {device.description}")
         output.out(f"slots    {slots.used} of {slots.total}: {', '.join(slots.adapters) or '-'}")
+        quotas = {name: value for name, value in asdict(told.quotas).items() if value is not None}
+        bounds = ", ".join(f"{name} {value}" for name, value in quotas.items())
+        output.out(f"tenant   {told.tenant or '-'}, {bounds or 'no quotas'}")
         output.out(f"restarts {told.worker_restarts}")
         output.out(f"versions {', '.join(f'{name} {number}' for name, number in told.versions.items())}")
     if not told.ready:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x61telier/v1/server.proto\x12\natelier.v1\"\x16\n\x14GetServerInfoRequest\"\xf4\x02\n\x15GetServerInfoResponse\x12\r\n\x05ready\x18\x01 \x01(\x08\x12\x0f\n\x07message\x18\x02 \x01(\t\x12)\n\nbase_model\x18\x03 \x01(\x0b\x32\x15.atelier.v1.BaseModel\x12\"\n\x06\x64\x65vice\x18\x04 \x01(\x0b\x32\x12.atelier.v1.Device\x12\"\n\x06limits\x18\x05 \x01(\x0b\x32\x12.atelier.v1.Limits\x12\'\n\x05slots\x18\x06 \x01(\x0b\x32\x18.atelier.v1.AdapterSlots\x12\x41\n\x08versions\x18\x07 \x03(\x0b\x32/.atelier.v1.GetServerInfoResponse.VersionsEntry\x12\x17\n\x0fworker_restarts\x18\x08 \x01(\x05\x12\x12\n\nschedulers\x18\t \x03(\t\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xe6\x01\n\tBaseModel\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x14\n\x0cnative_width\x18\x04 \x01(\x05\x12\x15\n\rnative_height\x18\x05 \x01(\x05\x12\x17\n\x0fprediction_type\x18\x06 \x01(\t\x12\x19\n\x11\x64\x65\x66\x61ult_scheduler\x18\x07 \x01(\t\x12\x19\n\x11max_prompt_tokens\x18\x08 \x01(\x05\x12\x16\n\x0enum_parameters\x18\t \x01(\x03\x12\x12\n\ninpainting\x18\x14 \x01(\x08\"v\n\x06\x44\x65vice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x1a\n\x12memory_total_bytes\x18\x04 \x01(\x04\x12\x1e\n\x16memory_allocated_bytes\x18\x05 \x01(\x04\"\x94\x03\n\x06Limits\x12\x16\n\x0emax_num_images\x18\x01 \x01(\x05\x12\x1b\n\x13max_inference_steps\x18\x02 \x01(\x05\x12\x11\n\tmax_width\x18\x03 \x01(\x05\x12\x12\n\nmax_height\x18\x04 \x01(\x05\x12\x1e\n\x16max_adapters_per_image\x18\x05 \x01(\x05\x12\x15\n\rmax_lora_rank\x18\x06 \x01(\x05\x12\x1d\n\x15max_prompt_characters\x18\x07 \x01(\x05\x12\x17\n\x0fmax_train_steps\x18\x08 \x01(\x05\x12\x18\n\x10max_train_images\x18\t \x01(\x05\x12\x17\n\x0fmax_image_bytes\x18\n \x01(\x04\x12\x18\n\x10max_image_pixels\x18\x0b \x01(\x03\x12\x19\n\x11max_adapter_bytes\x18\x0c \x01(\x04\x12\x1e\n\x16max_queued_generations\x18\r \x01(\x05\x12\x1c\n\x14max_train_batch_size\x18\x0e \x01(\x05\x12\x19\n\x11max_request_bytes\x18\x14 \x01(\x04\"=\n\x0c\x41\x64\x61pterSlots\x12\r\n\x05total\x18\x01 \x01(\x05\x12\x0c\n\x04used\x18\x02 \x01(\x05\x12\x10\n\x08\x61\x64\x61pters\x18\x03 \x03(\t2e\n\rServerService\x12T\n\rGetServerInfo\x12 .atelier.v1.GetServerInfoRequest\x1a!.atelier.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x61telier/v1/server.proto\x12\natelier.v1\"\x16\n\x14GetServerInfoRequest\"\xa8\x03\n\x15GetServerInfoResponse\x12\r\n\x05ready\x18\x01 \x01(\x08\x12\x0f\n\x07message\x18\x02 \x01(\t\x12)\n\nbase_model\x18\x03 \x01(\x0b\x32\x15.atelier.v1.BaseModel\x12\"\n\x06\x64\x65vice\x18\x04 \x01(\x0b\x32\x12.atelier.v1.Device\x12\"\n\x06limits\x18\x05 \x01(\x0b\x32\x12.atelier.v1.Limits\x12\'\n\x05slots\x18\x06 \x01(\x0b\x32\x18.atelier.v1.AdapterSlots\x12\x41\n\x08versions\x18\x07 \x03(\x0b\x32/.atelier.v1.GetServerInfoResponse.VersionsEntry\x12\x17\n\x0fworker_restarts\x18\x08 \x01(\x05\x12\x12\n\nschedulers\x18\t \x03(\t\x12\x0e\n\x06tenant\x18\x32 \x01(\t\x12\"\n\x06quotas\x18\x33 \x01(\x0b\x32\x12.atelier.v1.Quotas\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xe6\x01\n\tBaseModel\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x14\n\x0cnative_width\x18\x04 \x01(\x05\x12\x15\n\rnative_height\x18\x05 \x01(\x05\x12\x17\n\x0fprediction_type\x18\x06 \x01(\t\x12\x19\n\x11\x64\x65\x66\x61ult_scheduler\x18\x07 \x01(\t\x12\x19\n\x11max_prompt_tokens\x18\x08 \x01(\x05\x12\x16\n\x0enum_parameters\x18\t \x01(\x03\x12\x12\n\ninpainting\x18\x14 \x01(\x08\"v\n\x06\x44\x65vice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x1a\n\x12memory_total_bytes\x18\x04 \x01(\x04\x12\x1e\n\x16memory_allocated_bytes\x18\x05 \x01(\x04\"\x97\x04\n\x06Limits\x12\x16\n\x0emax_num_images\x18\x01 \x01(\x05\x12\x1b\n\x13max_inference_steps\x18\x02 \x01(\x05\x12\x11\n\tmax_width\x18\x03 \x01(\x05\x12\x12\n\nmax_height\x18\x04 \x01(\x05\x12\x1e\n\x16max_adapters_per_image\x18\x05 \x01(\x05\x12\x15\n\rmax_lora_rank\x18\x06 \x01(\x05\x12\x1d\n\x15max_prompt_characters\x18\x07 \x01(\x05\x12\x17\n\x0fmax_train_steps\x18\x08 \x01(\x05\x12\x18\n\x10max_train_images\x18\t \x01(\x05\x12\x17\n\x0fmax_image_bytes\x18\n \x01(\x04\x12\x18\n\x10max_image_pixels\x18\x0b \x01(\x03\x12\x19\n\x11max_adapter_bytes\x18\x0c \x01(\x04\x12\x1e\n\x16max_queued_generations\x18\r \x01(\x05\x12\x1c\n\x14max_train_batch_size\x18\x0e \x01(\x05\x12\x19\n\x11max_request_bytes\x18\x14 \x01(\x04\x12\x1a\n\x12max_generate_calls\x18\x15 \x01(\x05\x12\x17\n\x0fmax_train_calls\x18\x16 \x01(\x05\x12\x19\n\x11max_control_calls\x18\x17 \x01(\x05\x12\x13\n\x0bmax_uploads\x18\x18 \x01(\x05\x12\x1c\n\x14max_queued_trainings\x18\x19 \x01(\x05\"\xd4\x01\n\x06Quotas\x12\x17\n\nmax_images\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x1a\n\rmax_trainings\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\x1d\n\x10max_stored_bytes\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12$\n\x17max_train_steps_per_day\x18\x04 \x01(\x03H\x03\x88\x01\x01\x42\r\n\x0b_max_imagesB\x10\n\x0e_max_trainingsB\x13\n\x11_max_stored_bytesB\x1a\n\x18_max_train_steps_per_day\"=\n\x0c\x41\x64\x61pterSlots\x12\r\n\x05total\x18\x01 \x01(\x05\x12\x0c\n\x04used\x18\x02 \x01(\x05\x12\x10\n\x08\x61\x64\x61pters\x18\x03 \x03(\t2e\n\rServerService\x12T\n\rGetServerInfo\x12 .atelier.v1.GetServerInfoRequest\x1a!.atelier.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,17 +36,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSERVERINFOREQUEST']._serialized_start=39
   _globals['_GETSERVERINFOREQUEST']._serialized_end=61
   _globals['_GETSERVERINFORESPONSE']._serialized_start=64
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=436
-  _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._serialized_start=389
-  _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._serialized_end=436
-  _globals['_BASEMODEL']._serialized_start=439
-  _globals['_BASEMODEL']._serialized_end=669
-  _globals['_DEVICE']._serialized_start=671
-  _globals['_DEVICE']._serialized_end=789
-  _globals['_LIMITS']._serialized_start=792
-  _globals['_LIMITS']._serialized_end=1196
-  _globals['_ADAPTERSLOTS']._serialized_start=1198
-  _globals['_ADAPTERSLOTS']._serialized_end=1259
-  _globals['_SERVERSERVICE']._serialized_start=1261
-  _globals['_SERVERSERVICE']._serialized_end=1362
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=488
+  _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._serialized_start=441
+  _globals['_GETSERVERINFORESPONSE_VERSIONSENTRY']._serialized_end=488
+  _globals['_BASEMODEL']._serialized_start=491
+  _globals['_BASEMODEL']._serialized_end=721
+  _globals['_DEVICE']._serialized_start=723
+  _globals['_DEVICE']._serialized_end=841
+  _globals['_LIMITS']._serialized_start=844
+  _globals['_LIMITS']._serialized_end=1379
+  _globals['_QUOTAS']._serialized_start=1382
+  _globals['_QUOTAS']._serialized_end=1594
+  _globals['_ADAPTERSLOTS']._serialized_start=1596
+  _globals['_ADAPTERSLOTS']._serialized_end=1657
+  _globals['_SERVERSERVICE']._serialized_start=1659
+  _globals['_SERVERSERVICE']._serialized_end=1760
 # @@protoc_insertion_point(module_scope)

@@ -66,11 +66,15 @@ class GetServerInfoResponse(_message.Message):
     VERSIONS_FIELD_NUMBER: _builtins.int
     WORKER_RESTARTS_FIELD_NUMBER: _builtins.int
     SCHEDULERS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    QUOTAS_FIELD_NUMBER: _builtins.int
     ready: _builtins.bool
     """Whether the worker is ready for Generate and Train."""
     message: _builtins.str
     """Why not, where it is not."""
     worker_restarts: _builtins.int
+    tenant: _builtins.str
+    """Whose this call is: the tenant of its token or certificate, or "default"."""
     @_builtins.property
     def base_model(self) -> Global___BaseModel: ...
     @_builtins.property
@@ -85,6 +89,8 @@ class GetServerInfoResponse(_message.Message):
 
     @_builtins.property
     def schedulers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def quotas(self) -> Global___Quotas: ...
     def __init__(
         self,
         *,
@@ -97,10 +103,12 @@ class GetServerInfoResponse(_message.Message):
         versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         worker_restarts: _builtins.int = ...,
         schedulers: _abc.Iterable[_builtins.str] | None = ...,
+        tenant: _builtins.str = ...,
+        quotas: Global___Quotas | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "device", b"device", "limits", b"limits", "slots", b"slots"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "device", b"device", "limits", b"limits", "quotas", b"quotas", "slots", b"slots"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "device", b"device", "limits", b"limits", "message", b"message", "ready", b"ready", "schedulers", b"schedulers", "slots", b"slots", "versions", b"versions", "worker_restarts", b"worker_restarts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "device", b"device", "limits", b"limits", "message", b"message", "quotas", b"quotas", "ready", b"ready", "schedulers", b"schedulers", "slots", b"slots", "tenant", b"tenant", "versions", b"versions", "worker_restarts", b"worker_restarts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -210,6 +218,11 @@ class Limits(_message.Message):
     MAX_QUEUED_GENERATIONS_FIELD_NUMBER: _builtins.int
     MAX_TRAIN_BATCH_SIZE_FIELD_NUMBER: _builtins.int
     MAX_REQUEST_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_GENERATE_CALLS_FIELD_NUMBER: _builtins.int
+    MAX_TRAIN_CALLS_FIELD_NUMBER: _builtins.int
+    MAX_CONTROL_CALLS_FIELD_NUMBER: _builtins.int
+    MAX_UPLOADS_FIELD_NUMBER: _builtins.int
+    MAX_QUEUED_TRAININGS_FIELD_NUMBER: _builtins.int
     max_num_images: _builtins.int
     max_inference_steps: _builtins.int
     max_width: _builtins.int
@@ -227,6 +240,15 @@ class Limits(_message.Message):
     max_train_batch_size: _builtins.int
     max_request_bytes: _builtins.int
     """Of one message, its pictures included."""
+    max_generate_calls: _builtins.int
+    """Open at once over all clients, by class of calls; one more is RESOURCE_EXHAUSTED TOO_MANY_CALLS."""
+    max_train_calls: _builtins.int
+    """Train and WatchTraining."""
+    max_control_calls: _builtins.int
+    """All others."""
+    max_uploads: _builtins.int
+    """Under way at once; one more is RESOURCE_EXHAUSTED TOO_MANY_UPLOADS."""
+    max_queued_trainings: _builtins.int
     def __init__(
         self,
         *,
@@ -245,14 +267,70 @@ class Limits(_message.Message):
         max_queued_generations: _builtins.int = ...,
         max_train_batch_size: _builtins.int = ...,
         max_request_bytes: _builtins.int = ...,
+        max_generate_calls: _builtins.int = ...,
+        max_train_calls: _builtins.int = ...,
+        max_control_calls: _builtins.int = ...,
+        max_uploads: _builtins.int = ...,
+        max_queued_trainings: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_adapter_bytes", b"max_adapter_bytes", "max_adapters_per_image", b"max_adapters_per_image", "max_height", b"max_height", "max_image_bytes", b"max_image_bytes", "max_image_pixels", b"max_image_pixels", "max_inference_steps", b"max_inference_steps", "max_lora_rank", b"max_lora_rank", "max_num_images", b"max_num_images", "max_prompt_characters", b"max_prompt_characters", "max_queued_generations", b"max_queued_generations", "max_request_bytes", b"max_request_bytes", "max_train_batch_size", b"max_train_batch_size", "max_train_images", b"max_train_images", "max_train_steps", b"max_train_steps", "max_width", b"max_width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_adapter_bytes", b"max_adapter_bytes", "max_adapters_per_image", b"max_adapters_per_image", "max_control_calls", b"max_control_calls", "max_generate_calls", b"max_generate_calls", "max_height", b"max_height", "max_image_bytes", b"max_image_bytes", "max_image_pixels", b"max_image_pixels", "max_inference_steps", b"max_inference_steps", "max_lora_rank", b"max_lora_rank", "max_num_images", b"max_num_images", "max_prompt_characters", b"max_prompt_characters", "max_queued_generations", b"max_queued_generations", "max_queued_trainings", b"max_queued_trainings", "max_request_bytes", b"max_request_bytes", "max_train_batch_size", b"max_train_batch_size", "max_train_calls", b"max_train_calls", "max_train_images", b"max_train_images", "max_train_steps", b"max_train_steps", "max_uploads", b"max_uploads", "max_width", b"max_width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Limits: _TypeAlias = Limits  # noqa: Y015
+
+@_typing.final
+class Quotas(_message.Message):
+    """What the caller's tenant may have at once; absent is without bound. More is RESOURCE_EXHAUSTED
+    QUOTA_EXCEEDED with google.rpc.QuotaFailure, and RetryInfo where waiting helps.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_IMAGES_FIELD_NUMBER: _builtins.int
+    MAX_TRAININGS_FIELD_NUMBER: _builtins.int
+    MAX_STORED_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_TRAIN_STEPS_PER_DAY_FIELD_NUMBER: _builtins.int
+    max_images: _builtins.int
+    """Waiting or being painted."""
+    max_trainings: _builtins.int
+    """Not ended."""
+    max_stored_bytes: _builtins.int
+    """Of adapters in the store."""
+    max_train_steps_per_day: _builtins.int
+    """Asked for in 24 hours."""
+    def __init__(
+        self,
+        *,
+        max_images: _builtins.int | None = ...,
+        max_trainings: _builtins.int | None = ...,
+        max_stored_bytes: _builtins.int | None = ...,
+        max_train_steps_per_day: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_images", b"_max_images", "_max_stored_bytes", b"_max_stored_bytes", "_max_train_steps_per_day", b"_max_train_steps_per_day", "_max_trainings", b"_max_trainings", "max_images", b"max_images", "max_stored_bytes", b"max_stored_bytes", "max_train_steps_per_day", b"max_train_steps_per_day", "max_trainings", b"max_trainings"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_images", b"_max_images", "_max_stored_bytes", b"_max_stored_bytes", "_max_train_steps_per_day", b"_max_train_steps_per_day", "_max_trainings", b"_max_trainings", "max_images", b"max_images", "max_stored_bytes", b"max_stored_bytes", "max_train_steps_per_day", b"max_train_steps_per_day", "max_trainings", b"max_trainings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_images: _TypeAlias = _typing.Literal["max_images"]  # noqa: Y015
+    _WhichOneofArgType__max_images: _TypeAlias = _typing.Literal["_max_images", b"_max_images"]  # noqa: Y015
+    _WhichOneofReturnType__max_stored_bytes: _TypeAlias = _typing.Literal["max_stored_bytes"]  # noqa: Y015
+    _WhichOneofArgType__max_stored_bytes: _TypeAlias = _typing.Literal["_max_stored_bytes", b"_max_stored_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__max_train_steps_per_day: _TypeAlias = _typing.Literal["max_train_steps_per_day"]  # noqa: Y015
+    _WhichOneofArgType__max_train_steps_per_day: _TypeAlias = _typing.Literal["_max_train_steps_per_day", b"_max_train_steps_per_day"]  # noqa: Y015
+    _WhichOneofReturnType__max_trainings: _TypeAlias = _typing.Literal["max_trainings"]  # noqa: Y015
+    _WhichOneofArgType__max_trainings: _TypeAlias = _typing.Literal["_max_trainings", b"_max_trainings"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_images) -> _WhichOneofReturnType__max_images | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_stored_bytes) -> _WhichOneofReturnType__max_stored_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_train_steps_per_day) -> _WhichOneofReturnType__max_train_steps_per_day | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_trainings) -> _WhichOneofReturnType__max_trainings | None: ...
+
+Global___Quotas: _TypeAlias = Quotas  # noqa: Y015
 
 @_typing.final
 class AdapterSlots(_message.Message):

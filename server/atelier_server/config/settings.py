@@ -41,6 +41,10 @@ class Limits(BaseModel):
     )
     max_queued_generations: int = Field(default=256, ge=1)
     max_queued_trainings: int = Field(default=64, ge=1)
+    max_generate_calls: int = Field(default=512, ge=1, description="open at once, also those refused soon")
+    max_train_calls: int = Field(default=512, ge=1, description="open at once: who trains and who watches")
+    max_control_calls: int = Field(default=128, ge=1, description="open at once: all other calls")
+    max_uploads: int = Field(default=16, ge=1, description="under way at once")
 
 
 class Quotas(BaseModel):
@@ -97,6 +101,18 @@ class Settings(BaseModel):
         default=None,
         ge=0,
         description=f"listen so long after SIGTERM, not ready (default {_NOTICE_SECONDS:g}; on loopback 0)",
+    )
+    connection_age_seconds: float = Field(
+        default=1800.0, gt=0, description="ask clients to connect anew, so that they find new replicas"
+    )
+    connection_age_grace_seconds: float = Field(
+        default=600.0, gt=0, description="for calls on a connection that is asked to go"
+    )
+    slow_reader_seconds: float = Field(
+        default=60.0, gt=0, description="end a stream of which nothing is read for so long"
+    )
+    stall_seconds: float = Field(
+        default=300.0, ge=0, description="replace a worker whose step takes longer; 0 is never"
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "text", "json"] = Field(

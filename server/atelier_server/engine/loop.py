@@ -85,6 +85,9 @@ class Loop:
             resting=self.scheduler.remove_training,
             defaults=sample_defaults,
         )
+        # What the heartbeat tells a watchdog: how many steps have begun, and whether there are none to do.
+        self.turns = 0
+        self.idle = True
         self._draining = False
         self._doomed: set[CheckpointId] = set()
 
@@ -101,6 +104,7 @@ class Loop:
     def turn(self) -> None:
         """Takes the messages there are (waiting for one where there is nothing to do), then runs one step."""
         self._receive()
+        self.turns += 1
         step = self.scheduler.schedule()
         if isinstance(step, DenoiseBatch):
             self._denoise(step)
@@ -109,13 +113,13 @@ class Loop:
 
     def _receive(self) -> None:
         """Takes all messages there are; waits for one where there is nothing else to do."""
-        idle = not self.scheduler.has_work
+        self.idle = not self.scheduler.has_work
         while True:
             try:
-                message = self._inbox.get(block=idle)
+                message = self._inbox.get(block=self.idle)
             except Empty:
                 return
-            idle = False
+            self.idle = False
             self._handle(message)
 
     def _handle(self, message: Message) -> None:

@@ -12,6 +12,7 @@ from atelier_server.errors import OutOfMemory, WorkerNotReady
 from atelier_server.jobs.calls import Calls
 from atelier_server.jobs.generations import Generations
 from atelier_server.jobs.training_runs import TrainingRuns
+from atelier_server.jobs.watchdog import Watchdog
 from atelier_server.messages import (
     AdapterExported,
     AdapterImported,
@@ -106,6 +107,7 @@ class Dispatcher:
         calls: Calls,
         metrics: Metrics,
         tracer: Tracer,
+        watchdog: Watchdog,
         changed: Callable[[], Awaitable[None]],
     ) -> None:
         self._worker = worker
@@ -115,6 +117,9 @@ class Dispatcher:
         self._calls = calls
         self._metrics = metrics
         self._tracer = tracer
+        self._watchdog = watchdog
+        self._watching: asyncio.Task[None] | None = None
+        self._stalled = False
         self._changed = changed
         self.draining = False
         self.ended = asyncio.Event()
@@ -166,6 +171,8 @@ class Dispatcher:
         status.ready, status.message = True, ""
         status.base, status.slots, status.costs = event.base, event.slots, event.costs
         _log.info("the worker is ready: %s on %s", event.base.reference, event.base.device)
+        self._watchdog.begin()
+        self._watching = asyncio.create_task(self._watch(), name="watchdog")
         self._metrics.worker_ready()
         self._calls.worker_ready()
         self._generations.worker_ready()
@@ -174,6 +181,10 @@ class Dispatcher:
 
     async def _gone(self, event: WorkerLost) -> None:
         self._status.ready, self._status.heartbeat = False, None
+        if self._watching is not None:
+            self._watching.cancel()
+            self._watching = None
+        stalled, self._stalled = self._stalled, False
         self._metrics.worker_gone(self._status.base)
         self._calls.worker_lost()
         if self.draining:
@@ -182,9 +193,19 @@ class Dispatcher:
         else:
             self._status.message = "the worker was lost and is being started again"
             _log.error("the worker was lost (exit code %s)", event.exit_code)
-            self._metrics.worker_lost(event.exit_code)
+            self._metrics.worker_lost(event.exit_code, stalled=stalled)
             self._runs.worker_lost(blameless=self._generations.worker_lost())
         await self._changed()
+
+    async def _watch(self) -> None:
+        """Ends a worker that lives and gets nowhere; what it had is done again, as after a crash."""
+        while True:
+            await asyncio.sleep(self._watchdog.look_seconds)
+            if why := self._watchdog.stalled():
+                _log.error("the worker is ended: %s", why)
+                self._stalled = True
+                self._worker.kill()
+                return
 
     def _route(self, event: Event) -> None:
         match event:
@@ -201,6 +222,7 @@ class Dispatcher:
                 self._calls.handle(event)
             case Heartbeat():
                 self._status.heartbeat = event
+                self._watchdog.heard(event)
                 if self._status.base is not None:
                     self._metrics.heartbeat(event, self._status.base)
             case Sample():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import count
 
 from atelier_server import origin
@@ -191,14 +191,16 @@ class Generations:
         return len(self._live)
 
     def drain_waiting(self) -> None:
-        """Ends those that no worker has; admits no more."""
+        """Ends those of which nothing is painted yet; admits no more."""
         self.draining = True
-        for generation in [g for g in self._live.values() if not g.submitted]:
-            self._end(generation, ServerDraining("the server is going away"))
+        self._drain(g for g in self._live.values() if not g.begun)
 
     def drain_all(self) -> None:
         """Ends every generation."""
-        for generation in list(self._live.values()):
+        self._drain(self._live.values())
+
+    def _drain(self, generations: Iterable[Generation]) -> None:
+        for generation in list(generations):
             if generation.submitted:
                 self._send(Cancel(generation.job.id))
             self._end(generation, ServerDraining("the server is going away"))

@@ -6,9 +6,11 @@ import asyncio
 import hashlib
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from atelier_server.errors import TooManyUploads
 from atelier_server.jobs.records import Picture
 
 _COPY_BYTES = 2**22
@@ -17,8 +19,21 @@ _COPY_BYTES = 2**22
 class Uploads:
     """The temporary folder of a data directory."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, limit: int) -> None:
         self._folder = folder
+        self._limit = limit
+        self._under_way = 0
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """For the length of an upload. Raises TooManyUploads."""
+        if self._under_way >= self._limit:
+            raise TooManyUploads(f"{self._limit} uploads are under way", {"limit": str(self._limit)})
+        self._under_way += 1
+        try:
+            yield
+        finally:
+            self._under_way -= 1
 
     def sweep(self) -> None:
         """Removes what a former server left."""

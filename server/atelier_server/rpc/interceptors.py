@@ -7,8 +7,8 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import Any
 
@@ -17,9 +17,10 @@ import grpc.aio
 
 from atelier_server import origin
 from atelier_server.access.identity import Identity
-from atelier_server.errors import AtelierError, InvalidRequest
+from atelier_server.errors import AtelierError, InvalidRequest, SlowConsumer
 from atelier_server.metrics import Metrics
 from atelier_server.rpc import caller, outward, status
+from atelier_server.rpc.admission import Admission
 from atelier_server.traces import Tracer
 
 REQUEST_ID = "x-request-id"
@@ -27,6 +28,7 @@ _GIVEN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _OURS = "/atelier.v1."
 # Probes and balancers have no tokens. Everything else, reflection too, is for those who have one.
 _FOR_ALL = "/grpc.health.v1.Health/"
+_PATIENCE_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -34,10 +36,20 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Leaves health alone: its errors are its own."""
 
-    def __init__(self, metrics: Metrics, tracer: Tracer, identity: Identity) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        tracer: Tracer,
+        identity: Identity,
+        admission: Admission,
+        *,
+        slow_reader_seconds: float,
+    ) -> None:
         self._metrics = metrics
         self._tracer = tracer
         self._identity = identity
+        self._admission = admission
+        self._slow_reader_seconds = slow_reader_seconds
 
     async def intercept_service(
         self,
@@ -53,17 +65,20 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def unary(request: Any, context: Context) -> Any:
             async with _Call(method, context, self._metrics, self._tracer):
                 await caller.identify(self._identity, context)
-                answer = await inner(request, context)
+                with self._admission.enter(method):
+                    answer = await inner(request, context)
                 outward.strip(answer, caller.scope())
                 return answer
 
-        async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
+        # It writes instead of yielding: so it knows how long nobody has read.
+        async def stream(request: Any, context: Context) -> None:
             async with _Call(method, context, self._metrics, self._tracer):
                 await caller.identify(self._identity, context)
-                async with aclosing(inner(request, context)) as answers:
-                    async for answer in answers:
-                        outward.strip(answer, caller.scope())
-                        yield answer
+                with self._admission.enter(method):
+                    async with aclosing(inner(request, context)) as answers:
+                        async for answer in answers:
+                            outward.strip(answer, caller.scope())
+                            await self._write(context, answer)
 
         build: Callable[..., Any] = _BUILDERS[
             bool(handler.request_streaming), bool(handler.response_streaming)
@@ -73,6 +88,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
+
+    async def _write(self, context: Context, answer: Any) -> None:
+        """Waits for flow control, not for ever. Raises SlowConsumer."""
+        try:
+            async with asyncio.timeout(self._slow_reader_seconds):
+                await context.write(answer)
+        except TimeoutError:
+            seconds = self._slow_reader_seconds
+            raise SlowConsumer(f"nothing of this stream was read for {seconds:g} s") from None
+        except (grpc.aio.UsageError, grpc.aio.InternalError) as error:
+            # The call has ended under us: its client has gone.
+            raise asyncio.CancelledError from error
 
 
 _BUILDERS: dict[tuple[bool, bool], Callable[..., Any]] = {
@@ -134,8 +161,16 @@ class _Call:
         else:
             refusal = status.known(error, f"{self._method} ({REQUEST_ID} {self._id})")
             self._ended(refusal.status, refusal)
-            message, metadata = status.trailers(refusal, caller.scope())
-            await self._context.abort(status.code_of(refusal), message, (*metadata, (REQUEST_ID, self._id)))
+            await self._abort(refusal)
+
+    async def _abort(self, refusal: AtelierError) -> None:
+        message, metadata = status.trailers(refusal, caller.scope())
+        trailers = (*metadata, (REQUEST_ID, self._id))
+        # A status follows what was sent before it: whoever does not read gets it with the rest, when they do.
+        patience = _PATIENCE_SECONDS if isinstance(refusal, SlowConsumer) else None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                await self._context.abort(status.code_of(refusal), message, trailers)
 
     def _ended(self, code: str, refusal: AtelierError | None = None) -> None:
         seconds = time.perf_counter() - self._begin

@@ -16,7 +16,7 @@ from atelier.v1 import (
     training_pb2_grpc,
 )
 from atelier_server.access.identity import Identity
-from atelier_server.config import Limits
+from atelier_server.config import Limits, Settings
 from atelier_server.errors import StartError
 from atelier_server.jobs.dispatch import WorkerStatus
 from atelier_server.jobs.generations import Generations
@@ -24,6 +24,7 @@ from atelier_server.jobs.trainings import Trainings
 from atelier_server.jobs.wardrobe import Wardrobe
 from atelier_server.metrics import Metrics
 from atelier_server.rpc.adapters import AdapterServicer
+from atelier_server.rpc.admission import Admission
 from atelier_server.rpc.codec.adapter import encode_info
 from atelier_server.rpc.generation import GenerationServicer
 from atelier_server.rpc.health import SERVICES, Health
@@ -32,13 +33,24 @@ from atelier_server.rpc.tls import Certificates
 from atelier_server.rpc.training import TrainingServicer
 from atelier_server.traces import Tracer
 
-# Clients may ping idle connections every 20 s; gRPC's default would send them away for it.
-_OPTIONS = (
+_OPTIONS: tuple[tuple[str, int], ...] = (
+    # Clients may ping every 20 s (ours do every 30 s); gRPC's default would send them away for it.
     ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # A client whose cable was pulled says nothing: its calls end when it answers no ping.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
     # Two servers on one port would share its connections in silence.
     ("grpc.so_reuseport", 0),
 )
+
+
+def _of(settings: Settings) -> tuple[tuple[str, int], ...]:
+    return (
+        ("grpc.max_receive_message_length", settings.limits.max_request_bytes),
+        ("grpc.max_connection_age_ms", round(settings.connection_age_seconds * 1000)),
+        ("grpc.max_connection_age_grace_ms", round(settings.connection_age_grace_seconds * 1000)),
+    )
 
 
 class ServerServicer(server_pb2_grpc.ServerServiceServicer):
@@ -58,16 +70,18 @@ def build_server(
     trainings: Trainings,
     wardrobe: Wardrobe,
     status: WorkerStatus,
-    limits: Limits,
+    settings: Settings,
     metrics: Metrics,
     tracer: Tracer,
     health: Health,
     identity: Identity,
-    reflected: bool,
 ) -> grpc.aio.Server:
     """Everything registered, no port yet."""
-    options = (*_OPTIONS, ("grpc.max_receive_message_length", limits.max_request_bytes))
-    server = grpc.aio.server(interceptors=(CallInterceptor(metrics, tracer, identity),), options=options)
+    limits = settings.limits
+    interceptor = CallInterceptor(
+        metrics, tracer, identity, Admission(limits), slow_reader_seconds=settings.slow_reader_seconds
+    )
+    server = grpc.aio.server(interceptors=(interceptor,), options=(*_OPTIONS, *_of(settings)))
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(
         GenerationServicer(generations, wardrobe, status, limits), server
     )
@@ -77,7 +91,7 @@ def build_server(
     adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(wardrobe, limits), server)
     server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(status, limits), server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    if reflected:
+    if settings.reflection:
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         reflection.enable_server_reflection((*SERVICES, health_name, reflection.SERVICE_NAME), server)
     return server

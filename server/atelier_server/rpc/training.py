@@ -43,7 +43,8 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         async with heard_out(request_iterator):
             start = await self._start(request_iterator)
             draft = decode_start(start, self._limits, self._status.known_base())
-            record = await self._receive(draft, request_iterator)
+            with self._uploads.turn():
+                record = await self._receive(draft, request_iterator)
         if start.cancel_on_disconnect:
             on_end(context, lambda: self._cancel_unfinished(record.id))
         async with aclosing(self._events(record.id, 0)) as events:

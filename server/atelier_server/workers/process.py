@@ -102,6 +102,8 @@ def _heartbeat(loop: Loop, runner: TorchRunner) -> Heartbeat:
         running_images=sum(1 for task in tasks if task.started),
         running_trainings=len(loop.trainings.live),
         resident=loop.residency.resident,
+        turns=loop.turns,
+        idle=loop.idle,
         host_adapters=len(runner.host),
         memory_allocated_bytes=memory.allocated,
         memory_reserved_bytes=memory.reserved,

@@ -143,6 +143,8 @@ def encode_info(status: WorkerStatus, limits: Limits) -> server_pb2.GetServerInf
         versions={"atelier": package_version("atelier")},
         worker_restarts=status.restarts,
         schedulers=SCHEDULERS,
+        tenant=caller.tenant().name,
+        quotas=server_pb2.Quotas(**caller.tenant().quotas.model_dump(exclude_none=True)),
     )
     if (base := status.base) is not None:
         message.versions.update(dict(base.versions))
