@@ -10,6 +10,7 @@ Nothing else is public. The package is light: no torch, no Pillow.
 
 from atelier.aio import AsyncClient
 from atelier.client import Client
+from atelier.control import Control
 from atelier.errors import (
     AbortedError,
     AlreadyExistsError,
@@ -40,6 +41,7 @@ from atelier.events import (
     Queued,
     Receipt,
     ReceiptAdapter,
+    ReceiptControlNet,
     Sample,
     Timings,
     TrainingAccepted,
@@ -56,6 +58,7 @@ from atelier.records import (
     AdapterSlots,
     BaseModel,
     Checkpoint,
+    ControlNet,
     Device,
     ExportedAdapter,
     ImportedAdapter,
@@ -81,6 +84,8 @@ __all__ = [
     "CheckpointPublished",
     "Client",
     "Completed",
+    "Control",
+    "ControlNet",
     "DataLossError",
     "DeadlineExceededError",
     "Device",
@@ -102,6 +107,7 @@ __all__ = [
     "Quotas",
     "Receipt",
     "ReceiptAdapter",
+    "ReceiptControlNet",
     "Resource",
     "ResourceExhaustedError",
     "Sample",

@@ -15,6 +15,7 @@ from typing import Any
 from google.protobuf.message import Message
 
 from atelier import fields, selection, transfer, wire
+from atelier.control import Control
 from atelier.events import Completed, GenerationEvent, GenerationResult, Image, TrainingEvent
 from atelier.records import TrainingImage
 from atelier.v1 import adapter_pb2, generation_pb2, training_pb2
@@ -166,6 +167,10 @@ def _assign(message: Message, name: str, value: Any) -> None:
     field = message.DESCRIPTOR.fields_by_name[name]
     if field.enum_type is not None:
         setattr(message, name, wire.number_of(field.enum_type, value))
+    elif name == "controlnets":
+        several = [value] if isinstance(value, str | Control) else value
+        given = [Control.of(one) if isinstance(one, str) else one for one in several]
+        getattr(message, name).extend(one.message() for one in given)
     elif field.is_repeated:
         getattr(message, name).extend([value] if isinstance(value, str) else value)
     elif field.type == field.TYPE_BYTES:

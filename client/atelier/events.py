@@ -99,6 +99,18 @@ class ReceiptAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class ReceiptControlNet:
+    """A ControlNet that guided the pictures, and by what."""
+
+    name: str
+    sha256: str
+    image_sha256: str
+    scale: float
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True)
 class Receipt:
     """All that is needed to paint the same pictures again."""
 
@@ -130,6 +142,7 @@ class Receipt:
     image_sha256: str = ""
     mask_image_sha256: str = ""
     strength: float | None = None
+    controlnets: tuple[ReceiptControlNet, ...] = ()
     clip_skip: int = 0
 
 

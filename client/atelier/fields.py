@@ -11,10 +11,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias, TypedDict
 
+from atelier.control import Control
 from atelier.events import Picture
 
 # A path, the bytes of a file, or what a generation has painted.
 PictureFile: TypeAlias = str | Path | bytes | Picture
+# As on the command line, or as objects.
+Controls: TypeAlias = str | Control | Sequence[str | Control]
 
 AdapterFormat = Literal["diffusers", "kohya", "peft", "textual-inversion"]
 
@@ -51,6 +54,10 @@ class GenerateFields(TypedDict, total=False):
     image: Annotated[PictureFile, "image-to-image: the picture to begin with (PNG, JPEG, WebP)"]
     strength: Annotated[float, "above 0, to 1: how far from that picture (default: 0.8; with a mask: 1)"]
     mask_image: Annotated[PictureFile, "inpainting: white is painted anew, black stays"]
+    controlnets: Annotated[
+        Controls,
+        "NAME=FILE[:SCALE[:START-END]]: a ControlNet of the server and the picture that guides; repeats",
+    ]
     clip_skip: Annotated[int, "layers of the text encoders to leave out at the end (default: 0)"]
 
 

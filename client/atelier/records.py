@@ -252,6 +252,15 @@ class AdapterSlots:
 
 
 @dataclass(frozen=True, slots=True)
+class ControlNet:
+    """One that the server has loaded, for `generate(controlnets=...)`."""
+
+    name: str
+    reference: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class ServerInfo:
     """`ready`: the worker takes Generate and Train; otherwise `message` says why not. `tenant` is whose
     the call was.
@@ -268,3 +277,4 @@ class ServerInfo:
     schedulers: tuple[str, ...]
     tenant: str = ""
     quotas: Quotas = Quotas()
+    controlnets: tuple[ControlNet, ...] = ()

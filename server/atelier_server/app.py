@@ -255,6 +255,7 @@ def worker_settings(settings: Settings, data_dir: Path, owner: str) -> WorkerSet
         store=settings.store,
         store_cache_bytes=settings.store_cache_bytes,
         owner=owner,
+        controlnets=settings.controlnets,
     )
 
 

@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum, StrEnum
 
+from atelier_server.guides import ControlNetInfo, ControlUse
+
 ADAPTER_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 # TENANT/NAME, or NAME alone for the default tenant's: what the store calls an adapter.
 SCOPED_NAME = re.compile(rf"({ADAPTER_NAME.pattern}/)?{ADAPTER_NAME.pattern}")
@@ -234,6 +236,7 @@ class GenerationJob:
     guidance_rescale: float = 0.0
     scheduler_options: SchedulerOptions = SchedulerOptions()
     init: InitImage | None = None
+    controlnets: tuple[ControlUse, ...] = ()
     clip_skip: int = 0
     # Whose it is, where several share the device; and how it counts among them.
     client: str = ""
@@ -352,5 +355,6 @@ class BaseInfo:
     memory_total_bytes: int
     versions: tuple[tuple[str, str], ...]
     inpainting: bool = False
+    controlnets: tuple[ControlNetInfo, ...] = ()
     max_clip_skip: int = 0
     scheduler_options: tuple[tuple[str, tuple[str, ...]], ...] = ()

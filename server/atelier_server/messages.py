@@ -34,6 +34,7 @@ class WorkerSettings:
     store: str = ""
     store_cache_bytes: int = 0
     owner: str = ""
+    controlnets: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

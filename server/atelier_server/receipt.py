@@ -24,6 +24,16 @@ class AdapterReceipt:
 
 
 @dataclass(frozen=True, slots=True)
+class ControlNetReceipt:
+    name: str
+    sha256: str
+    image_sha256: str
+    scale: float
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True)
 class Receipt:
     """Everything that a picture's bits follow from. `batch_bucket` is the largest that it was painted in."""
 
@@ -54,6 +64,7 @@ class Receipt:
     image_sha256: str = ""
     mask_image_sha256: str = ""
     strength: float | None = None
+    controlnets: tuple[ControlNetReceipt, ...] = ()
     clip_skip: int = 0
 
     def embedded(self) -> dict[str, object]:
@@ -96,6 +107,10 @@ def receipt(job: GenerationJob, base: BaseInfo, *, seed: int, num_images: int, b
         image_sha256=job.init.image_sha256 if job.init else "",
         mask_image_sha256=job.init.mask_sha256 if job.init else "",
         strength=job.init.strength if job.init else None,
+        controlnets=tuple(
+            ControlNetReceipt(use.name, use.sha256, use.image_sha256, use.scale, use.start, use.end)
+            for use in job.controlnets
+        ),
         clip_skip=job.clip_skip,
         **asdict(job.scheduler_options),
     )

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import typer
 
 from atelier import channel
-from atelier.fields import PictureFile
+from atelier.fields import Controls, PictureFile
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -55,6 +55,9 @@ def _flag(name: str, hint: Any, panel: str) -> inspect.Parameter:
     declaration = f"{kebab}/--no-{kebab[2:]}" if kind is bool else kebab
     value = list[str] if get_origin(kind) is get_origin(Sequence[str]) else kind
     file: dict[str, Any] = {}
+    if kind == Controls:
+        # One at a time, as --adapter.
+        declaration, value, file = kebab.removesuffix("s"), list[str], {"metavar": "NAME=FILE"}
     if kind == PictureFile:
         value, file = Path, {"exists": True, "dir_okay": False, "metavar": "FILE"}
     option = typer.Option(declaration, help=text, rich_help_panel=panel, show_default=False, **file)

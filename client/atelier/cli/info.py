@@ -26,6 +26,8 @@ def info(*, server: flags.Server = flags.DEFAULT_SERVER, json: flags.Json = Fals
         quotas = {name: value for name, value in asdict(told.quotas).items() if value is not None}
         bounds = ", ".join(f"{name} {value}" for name, value in quotas.items())
         output.out(f"tenant   {told.tenant or '-'}, {bounds or 'no quotas'}")
+        if told.controlnets:
+            output.out(f"controls {', '.join(net.name for net in told.controlnets)}")
         output.out(f"restarts {told.worker_restarts}")
         output.out(f"versions {', '.join(f'{name} {number}' for name, number in told.versions.items())}")
     if not told.ready:

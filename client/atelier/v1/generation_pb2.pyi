@@ -128,6 +128,55 @@ class AdapterSelection(_message.Message):
 Global___AdapterSelection: _TypeAlias = AdapterSelection  # noqa: Y015
 
 @_typing.final
+class ControlNetSelection(_message.Message):
+    """A ControlNet that the server has loaded (`controlnets` of GetServerInfo), and the picture that guides it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    image: _builtins.bytes
+    """A PNG, JPEG or WebP file of `width` x `height`; without those and without `image`, the picture takes the
+    size of the first.
+    """
+    scale: _builtins.float
+    """0 to 10: how much. Default 1."""
+    start: _builtins.float
+    """In the steps that lie wholly between these shares of all steps. Default 0 and 1."""
+    end: _builtins.float
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        image: _builtins.bytes = ...,
+        scale: _builtins.float | None = ...,
+        start: _builtins.float | None = ...,
+        end: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_scale", b"_scale", "_start", b"_start", "end", b"end", "scale", b"scale", "start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_scale", b"_scale", "_start", b"_start", "end", b"end", "image", b"image", "name", b"name", "scale", b"scale", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__end: _TypeAlias = _typing.Literal["end"]  # noqa: Y015
+    _WhichOneofArgType__end: _TypeAlias = _typing.Literal["_end", b"_end"]  # noqa: Y015
+    _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
+    _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
+    _WhichOneofReturnType__start: _TypeAlias = _typing.Literal["start"]  # noqa: Y015
+    _WhichOneofArgType__start: _TypeAlias = _typing.Literal["_start", b"_start"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__end) -> _WhichOneofReturnType__end | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scale) -> _WhichOneofReturnType__scale | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__start) -> _WhichOneofReturnType__start | None: ...
+
+Global___ControlNetSelection: _TypeAlias = ControlNetSelection  # noqa: Y015
+
+@_typing.final
 class GenerateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -156,6 +205,7 @@ class GenerateRequest(_message.Message):
     STRENGTH_FIELD_NUMBER: _builtins.int
     MASK_IMAGE_FIELD_NUMBER: _builtins.int
     CLIP_SKIP_FIELD_NUMBER: _builtins.int
+    CONTROLNETS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """A UUID. The same id with the same body joins a running request, or gets its stored result for 15
@@ -219,6 +269,10 @@ class GenerateRequest(_message.Message):
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterSelection]:
         """At most the server's `max_adapters_per_image`; their changes add up."""
 
+    @_builtins.property
+    def controlnets(self) -> _containers.RepeatedCompositeFieldContainer[Global___ControlNetSelection]:
+        """Any number of different ones; what they add to the U-Net adds up."""
+
     def __init__(
         self,
         *,
@@ -247,11 +301,12 @@ class GenerateRequest(_message.Message):
         strength: _builtins.float | None = ...,
         mask_image: _builtins.bytes = ...,
         clip_skip: _builtins.int | None = ...,
+        controlnets: _abc.Iterable[Global___ControlNetSelection] | None = ...,
         priority: Global___Priority.ValueType | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_bucket", b"_batch_bucket", "_clip_skip", b"_clip_skip", "_eta", b"_eta", "_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_format", b"_image_format", "_negative_prompt", b"_negative_prompt", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_priority", b"_priority", "_reproducibility", b"_reproducibility", "_rescale_betas_zero_snr", b"_rescale_betas_zero_snr", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_timestep_spacing", b"_timestep_spacing", "_use_beta_sigmas", b"_use_beta_sigmas", "_use_exponential_sigmas", b"_use_exponential_sigmas", "_use_karras_sigmas", b"_use_karras_sigmas", "_width", b"_width", "batch_bucket", b"batch_bucket", "clip_skip", b"clip_skip", "eta", b"eta", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "image_format", b"image_format", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "priority", b"priority", "reproducibility", b"reproducibility", "rescale_betas_zero_snr", b"rescale_betas_zero_snr", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "timestep_spacing", b"timestep_spacing", "use_beta_sigmas", b"use_beta_sigmas", "use_exponential_sigmas", b"use_exponential_sigmas", "use_karras_sigmas", b"use_karras_sigmas", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_bucket", b"_batch_bucket", "_clip_skip", b"_clip_skip", "_eta", b"_eta", "_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_format", b"_image_format", "_negative_prompt", b"_negative_prompt", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_priority", b"_priority", "_reproducibility", b"_reproducibility", "_rescale_betas_zero_snr", b"_rescale_betas_zero_snr", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_timestep_spacing", b"_timestep_spacing", "_use_beta_sigmas", b"_use_beta_sigmas", "_use_exponential_sigmas", b"_use_exponential_sigmas", "_use_karras_sigmas", b"_use_karras_sigmas", "_width", b"_width", "adapters", b"adapters", "batch_bucket", b"batch_bucket", "clip_skip", b"clip_skip", "eta", b"eta", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_format", b"image_format", "mask_image", b"mask_image", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "priority", b"priority", "prompt", b"prompt", "reproducibility", b"reproducibility", "request_id", b"request_id", "rescale_betas_zero_snr", b"rescale_betas_zero_snr", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "timestep_spacing", b"timestep_spacing", "use_beta_sigmas", b"use_beta_sigmas", "use_exponential_sigmas", b"use_exponential_sigmas", "use_karras_sigmas", b"use_karras_sigmas", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_bucket", b"_batch_bucket", "_clip_skip", b"_clip_skip", "_eta", b"_eta", "_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_format", b"_image_format", "_negative_prompt", b"_negative_prompt", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_priority", b"_priority", "_reproducibility", b"_reproducibility", "_rescale_betas_zero_snr", b"_rescale_betas_zero_snr", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_timestep_spacing", b"_timestep_spacing", "_use_beta_sigmas", b"_use_beta_sigmas", "_use_exponential_sigmas", b"_use_exponential_sigmas", "_use_karras_sigmas", b"_use_karras_sigmas", "_width", b"_width", "adapters", b"adapters", "batch_bucket", b"batch_bucket", "clip_skip", b"clip_skip", "controlnets", b"controlnets", "eta", b"eta", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_format", b"image_format", "mask_image", b"mask_image", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "priority", b"priority", "prompt", b"prompt", "reproducibility", b"reproducibility", "request_id", b"request_id", "rescale_betas_zero_snr", b"rescale_betas_zero_snr", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "timestep_spacing", b"timestep_spacing", "use_beta_sigmas", b"use_beta_sigmas", "use_exponential_sigmas", b"use_exponential_sigmas", "use_karras_sigmas", b"use_karras_sigmas", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_bucket: _TypeAlias = _typing.Literal["batch_bucket"]  # noqa: Y015
     _WhichOneofArgType__batch_bucket: _TypeAlias = _typing.Literal["_batch_bucket", b"_batch_bucket"]  # noqa: Y015
@@ -592,6 +647,38 @@ class Receipt(_message.Message):
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     @_typing.final
+    class ControlNet(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: _builtins.int
+        SHA256_FIELD_NUMBER: _builtins.int
+        IMAGE_SHA256_FIELD_NUMBER: _builtins.int
+        SCALE_FIELD_NUMBER: _builtins.int
+        START_FIELD_NUMBER: _builtins.int
+        END_FIELD_NUMBER: _builtins.int
+        name: _builtins.str
+        sha256: _builtins.str
+        image_sha256: _builtins.str
+        scale: _builtins.float
+        start: _builtins.float
+        end: _builtins.float
+        def __init__(
+            self,
+            *,
+            name: _builtins.str = ...,
+            sha256: _builtins.str = ...,
+            image_sha256: _builtins.str = ...,
+            scale: _builtins.float = ...,
+            start: _builtins.float = ...,
+            end: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "image_sha256", b"image_sha256", "name", b"name", "scale", b"scale", "sha256", b"sha256", "start", b"start"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
     class VersionsEntry(_message.Message):
         DESCRIPTOR: _descriptor.Descriptor
 
@@ -640,6 +727,7 @@ class Receipt(_message.Message):
     MASK_IMAGE_SHA256_FIELD_NUMBER: _builtins.int
     STRENGTH_FIELD_NUMBER: _builtins.int
     CLIP_SKIP_FIELD_NUMBER: _builtins.int
+    CONTROLNETS_FIELD_NUMBER: _builtins.int
     base_model: _builtins.str
     base_sha256: _builtins.str
     scheduler: _builtins.str
@@ -676,6 +764,8 @@ class Receipt(_message.Message):
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def controlnets(self) -> _containers.RepeatedCompositeFieldContainer[Global___Receipt.ControlNet]: ...
     def __init__(
         self,
         *,
@@ -708,10 +798,11 @@ class Receipt(_message.Message):
         mask_image_sha256: _builtins.str = ...,
         strength: _builtins.float | None = ...,
         clip_skip: _builtins.int = ...,
+        controlnets: _abc.Iterable[Global___Receipt.ControlNet] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_eta", b"_eta", "_rescale_betas_zero_snr", b"_rescale_betas_zero_snr", "_strength", b"_strength", "_timestep_spacing", b"_timestep_spacing", "_use_beta_sigmas", b"_use_beta_sigmas", "_use_exponential_sigmas", b"_use_exponential_sigmas", "_use_karras_sigmas", b"_use_karras_sigmas", "create_time", b"create_time", "eta", b"eta", "rescale_betas_zero_snr", b"rescale_betas_zero_snr", "strength", b"strength", "timestep_spacing", b"timestep_spacing", "use_beta_sigmas", b"use_beta_sigmas", "use_exponential_sigmas", b"use_exponential_sigmas", "use_karras_sigmas", b"use_karras_sigmas"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eta", b"_eta", "_rescale_betas_zero_snr", b"_rescale_betas_zero_snr", "_strength", b"_strength", "_timestep_spacing", b"_timestep_spacing", "_use_beta_sigmas", b"_use_beta_sigmas", "_use_exponential_sigmas", b"_use_exponential_sigmas", "_use_karras_sigmas", b"_use_karras_sigmas", "adapters", b"adapters", "base_model", b"base_model", "base_sha256", b"base_sha256", "batch_bucket", b"batch_bucket", "clip_skip", b"clip_skip", "create_time", b"create_time", "device", b"device", "dtype", b"dtype", "eta", b"eta", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "image_sha256", b"image_sha256", "mask_image_sha256", b"mask_image_sha256", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "prompt", b"prompt", "reproducibility", b"reproducibility", "rescale_betas_zero_snr", b"rescale_betas_zero_snr", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "timestep_spacing", b"timestep_spacing", "use_beta_sigmas", b"use_beta_sigmas", "use_exponential_sigmas", b"use_exponential_sigmas", "use_karras_sigmas", b"use_karras_sigmas", "versions", b"versions", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eta", b"_eta", "_rescale_betas_zero_snr", b"_rescale_betas_zero_snr", "_strength", b"_strength", "_timestep_spacing", b"_timestep_spacing", "_use_beta_sigmas", b"_use_beta_sigmas", "_use_exponential_sigmas", b"_use_exponential_sigmas", "_use_karras_sigmas", b"_use_karras_sigmas", "adapters", b"adapters", "base_model", b"base_model", "base_sha256", b"base_sha256", "batch_bucket", b"batch_bucket", "clip_skip", b"clip_skip", "controlnets", b"controlnets", "create_time", b"create_time", "device", b"device", "dtype", b"dtype", "eta", b"eta", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "image_sha256", b"image_sha256", "mask_image_sha256", b"mask_image_sha256", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "prompt", b"prompt", "reproducibility", b"reproducibility", "rescale_betas_zero_snr", b"rescale_betas_zero_snr", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "timestep_spacing", b"timestep_spacing", "use_beta_sigmas", b"use_beta_sigmas", "use_exponential_sigmas", b"use_exponential_sigmas", "use_karras_sigmas", b"use_karras_sigmas", "versions", b"versions", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__eta: _TypeAlias = _typing.Literal["eta"]  # noqa: Y015
     _WhichOneofArgType__eta: _TypeAlias = _typing.Literal["_eta", b"_eta"]  # noqa: Y015

@@ -66,6 +66,7 @@ class GetServerInfoResponse(_message.Message):
     VERSIONS_FIELD_NUMBER: _builtins.int
     WORKER_RESTARTS_FIELD_NUMBER: _builtins.int
     SCHEDULERS_FIELD_NUMBER: _builtins.int
+    CONTROLNETS_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     QUOTAS_FIELD_NUMBER: _builtins.int
     ready: _builtins.bool
@@ -90,6 +91,10 @@ class GetServerInfoResponse(_message.Message):
     @_builtins.property
     def schedulers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
+    def controlnets(self) -> _containers.RepeatedCompositeFieldContainer[Global___ControlNet]:
+        """What Generate's `controlnets` may name."""
+
+    @_builtins.property
     def quotas(self) -> Global___Quotas: ...
     def __init__(
         self,
@@ -103,16 +108,44 @@ class GetServerInfoResponse(_message.Message):
         versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         worker_restarts: _builtins.int = ...,
         schedulers: _abc.Iterable[_builtins.str] | None = ...,
+        controlnets: _abc.Iterable[Global___ControlNet] | None = ...,
         tenant: _builtins.str = ...,
         quotas: Global___Quotas | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "device", b"device", "limits", b"limits", "quotas", b"quotas", "slots", b"slots"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "device", b"device", "limits", b"limits", "message", b"message", "quotas", b"quotas", "ready", b"ready", "schedulers", b"schedulers", "slots", b"slots", "tenant", b"tenant", "versions", b"versions", "worker_restarts", b"worker_restarts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "controlnets", b"controlnets", "device", b"device", "limits", b"limits", "message", b"message", "quotas", b"quotas", "ready", b"ready", "schedulers", b"schedulers", "slots", b"slots", "tenant", b"tenant", "versions", b"versions", "worker_restarts", b"worker_restarts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetServerInfoResponse: _TypeAlias = GetServerInfoResponse  # noqa: Y015
+
+@_typing.final
+class ControlNet(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REFERENCE_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    reference: _builtins.str
+    """As given to `serve --controlnet NAME=REF`."""
+    sha256: _builtins.str
+    """Digest of its weights."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        reference: _builtins.str = ...,
+        sha256: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "reference", b"reference", "sha256", b"sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ControlNet: _TypeAlias = ControlNet  # noqa: Y015
 
 @_typing.final
 class BaseModel(_message.Message):

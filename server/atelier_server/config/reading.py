@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -57,6 +57,10 @@ class Setting:
     @property
     def is_switch(self) -> bool:
         return self.field.annotation is bool
+
+    @property
+    def is_repeated(self) -> bool:
+        return get_origin(self.field.annotation) is tuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +120,7 @@ def _flags(arguments: Sequence[str], problems: list[str]) -> tuple[dict[Key, Giv
     found: dict[Key, Given] = {}
     for setting in SETTINGS:
         value = getattr(known, ".".join(setting.key))
-        if value is _MISSING:
+        if value is _MISSING or (isinstance(value, list) and _MISSING in value):
             problems.append(f"{setting.flag}: needs a value")
         elif value is not None:
             found[setting.key] = Given(value, setting.flag)
@@ -144,7 +148,12 @@ def _parser() -> argparse.ArgumentParser:
         shape: dict[str, Any] = (
             {"action": argparse.BooleanOptionalAction}
             if setting.is_switch
-            else {"nargs": "?", "const": _MISSING, "metavar": setting.key[-1].rpartition("_")[2].upper()}
+            else {
+                "action": "append" if setting.is_repeated else "store",
+                "nargs": "?",
+                "const": _MISSING,
+                "metavar": setting.key[-1].rpartition("_")[2].upper(),
+            }
         )
         group.add_argument(
             setting.flag, dest=".".join(setting.key), default=None, help=_help(setting), **shape
@@ -155,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
 def _help(setting: Setting) -> str:
     default = setting.field.get_default(call_default_factory=True)
     words = [setting.field.description or "", f"[{setting.variable}]"]
-    if default is not None and not setting.is_switch:
+    if default not in (None, ()) and not setting.is_switch:
         words.append(f"(default {default})")
     return " ".join(word for word in words if word).replace("%", "%%")
 

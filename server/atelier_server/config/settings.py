@@ -68,6 +68,9 @@ class Settings(BaseModel):
     model_config = _FROZEN
 
     model: str = Field(default="pocket", min_length=1, description="hub id, folder, .safetensors, or pocket")
+    controlnet: tuple[str, ...] = Field(
+        default=(), description="a ControlNet for requests to choose, NAME=REF; several: again, or by commas"
+    )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 is all")
@@ -123,6 +126,21 @@ class Settings(BaseModel):
     )
     limits: Limits = Field(default_factory=Limits)
     quotas: Quotas = Field(default_factory=Quotas)
+
+    @field_validator("controlnet", mode="before")
+    @classmethod
+    def _named(cls, value: object) -> object:
+        parts = [value] if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+            raise ValueError("is no list of NAME=REF")
+        pairs = [pair for part in parts for pair in part.split(",")]
+        for pair in pairs:
+            if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,62}=.+", pair):
+                raise ValueError(f"{pair!r} is not NAME=REF, with a name of a-z, 0-9, '.', '_' and '-'")
+        names = [pair.partition("=")[0] for pair in pairs]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{twice[0]!r} is there twice; give each ControlNet a name of its own")
+        return tuple(pairs)
 
     @field_validator("store")
     @classmethod
@@ -193,6 +211,11 @@ class Settings(BaseModel):
             f"--slots: {self.slots} are too few for one picture with "
             f"limits.max_adapters_per_image={most} adapters"
         ]
+
+    @property
+    def controlnets(self) -> tuple[tuple[str, str], ...]:
+        """Names and references."""
+        return tuple((name, ref) for name, _, ref in (pair.partition("=") for pair in self.controlnet))
 
     @property
     def store_cache_bytes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,11 @@ from torch import Tensor
 from atelier_server.diffusion.base import BaseModel, digest
 from atelier_server.diffusion.conditioning import Conditioning
 from atelier_server.diffusion.families import UnsupportedModel
+from atelier_server.diffusion.images import decode_picture
 from atelier_server.diffusion.loading import read_json, weights
+from atelier_server.guides import ControlNetInfo, ControlUse
+
+_KEPT = 8
 
 _DEFAULTS = {
     name: parameter.default
@@ -121,6 +126,33 @@ def _of_one(
 
 def _sum(a: Residuals, b: Residuals) -> Residuals:
     return Residuals([x + y for x, y in zip(a.down, b.down, strict=True)], a.mid + b.mid)
+
+
+class ControlNets:
+    """All that are loaded, and the last few pictures that guided them."""
+
+    def __init__(self, references: Mapping[str, str], base: BaseModel) -> None:
+        """Raises UnsupportedModel that names the one which is missing or does not fit the base."""
+        self._nets = load_controlnets(references, base)
+        self._device = base.device
+        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+
+    @property
+    def infos(self) -> tuple[ControlNetInfo, ...]:
+        return tuple(ControlNetInfo(net.name, net.reference, net.sha256) for net in self._nets.values())
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(p.nbytes for net in self._nets.values() for p in net.model.parameters())
+
+    def control(self, use: ControlUse) -> Control:
+        """The pictures of one request share theirs."""
+        if (image := self._kept.get(use.image_sha256)) is None:
+            image = self._kept[use.image_sha256] = decode_picture(use.image).to(self._device)
+        self._kept.move_to_end(use.image_sha256)
+        while len(self._kept) > _KEPT:
+            self._kept.popitem(last=False)
+        return Control(self._nets[use.name], image, use.scale, use.start, use.end)
 
 
 # ------------------------------------------------------------------------------------------------- loading

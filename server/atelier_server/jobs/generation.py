@@ -94,8 +94,12 @@ class Generation:
             self.failure = by_reason(failure.reason, failure.message, dict(failure.metadata))
         elif isinstance(failure, AtelierError):
             self.failure = failure
-        if self.job.init is not None:
-            self.job = replace(self.job, init=self.job.init.forgotten())
+        # A finished generation is kept for its receipt, not for the pictures that came with the request.
+        self.job = replace(
+            self.job,
+            init=self.job.init.forgotten() if self.job.init else None,
+            controlnets=tuple(use.forgotten() for use in self.job.controlnets),
+        )
         self.ended = True
         self.end_time = end_time
         self._wake()

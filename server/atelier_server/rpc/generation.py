@@ -13,6 +13,7 @@ from atelier_server.jobs.dispatch import WorkerStatus
 from atelier_server.jobs.generations import Generations
 from atelier_server.jobs.wardrobe import Wardrobe
 from atelier_server.rpc import caller
+from atelier_server.rpc.codec.controlnet import control_pictures
 from atelier_server.rpc.codec.generated import encode_event
 from atelier_server.rpc.codec.generation import decode_generate
 from atelier_server.rpc.codec.init_image import pictures_of
@@ -34,7 +35,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
         base = self._status.known_base()
-        pictures = await self._pictures.check_all(pictures_of(request))
+        pictures = await self._pictures.check_all(pictures_of(request) | control_pictures(request))
         draft = decode_generate(request, self._limits, base, pictures)
         # A known request is joined as it is, even where its adapter has been replaced since.
         reader = self._generations.join(draft.request_id, draft.body_hash)

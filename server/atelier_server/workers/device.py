@@ -15,6 +15,7 @@ from atelier_server.diffusion.base import BaseModel
 from atelier_server.diffusion.schedulers import all_options, default_scheduler
 from atelier_server.engine.runner import Memory
 from atelier_server.errors import OutOfMemory
+from atelier_server.guides import ControlNetInfo
 
 # How libraries below torch say that they got no memory.
 _NO_MEMORY = (
@@ -28,8 +29,8 @@ _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _PACKAGES = ("atelier", "torch", "diffusers", "transformers", "peft")
 
 
-def describe(base: BaseModel, prediction_type: str) -> BaseInfo:
-    """The resident base, for GetServerInfo and receipts."""
+def describe(base: BaseModel, prediction_type: str, controlnets: tuple[ControlNetInfo, ...] = ()) -> BaseInfo:
+    """The resident base and what lies beside it, for GetServerInfo and receipts."""
     return BaseInfo(
         reference=base.reference,
         family=base.family.name,
@@ -46,6 +47,7 @@ def describe(base: BaseModel, prediction_type: str) -> BaseInfo:
         memory_total_bytes=_total_memory(base.device),
         versions=tuple((package, importlib.metadata.version(package)) for package in _PACKAGES),
         inpainting=base.inpainting,
+        controlnets=controlnets,
         max_clip_skip=base.max_clip_skip,
         scheduler_options=tuple(all_options()),
     )

@@ -24,6 +24,7 @@ from atelier_server.adapters.store import AdapterStore, CheckpointRecord
 from atelier_server.core import AdapterUse, BaseInfo, CheckpointId, Costs, TrainingJob
 from atelier_server.diffusion.base import load_base
 from atelier_server.diffusion.conditioning import Conditioning, Framing
+from atelier_server.diffusion.controlnet import ControlNets
 from atelier_server.diffusion.denoiser import Denoiser, Picture
 from atelier_server.diffusion.images import encode_picture
 from atelier_server.diffusion.init_image import InitImages
@@ -58,7 +59,8 @@ class TorchRunner:
             self.bank.wrap(self.base.modules[component], component)
         self.denoiser = Denoiser(self.base.unet, self.base.scheduler_config)
         self._probe = Probe(self.base, self.denoiser, self.bank)
-        self._info = device.describe(self.base, self.denoiser.prediction_type)
+        self._controlnets = ControlNets(dict(settings.controlnets), self.base)
+        self._info = device.describe(self.base, self.denoiser.prediction_type, self._controlnets.infos)
         self.store = AdapterStore.at(
             Path(settings.data_dir), settings.store, settings.store_cache_bytes, settings.owner
         )
@@ -68,7 +70,7 @@ class TorchRunner:
         self._files = AdapterFiles(self.base, self.bank, self.store)
         self.host = HostTier(self._files.read, settings.host_adapter_bytes)
         # Told by the heartbeat's thread, so counted here and not there.
-        self._base_bytes = device.weight_bytes(self.base)
+        self._base_bytes = device.weight_bytes(self.base) + self._controlnets.size_bytes
         self._bank_bytes = 0
         self._trainings: tuple[weakref.ref[TrainerRun], ...] = ()
         # On a CPU the libraries are most of a process; nearly nothing of a GPU is taken at this point.
@@ -105,6 +107,7 @@ class TorchRunner:
             negative=condition(negative) if negative else None,
             guidance_scale=job.guidance_scale,
             guidance_rescale=job.guidance_rescale,
+            controls=[self._controlnets.control(use) for use in job.controlnets],
         )
 
     def steps(self, task: ImageTask) -> int:

@@ -127,3 +127,22 @@ def test_whatever_is_given_is_read_or_refused(arguments: list[str], variables: d
     except BadSettings as error:
         told = error.problems
     assert told
+
+
+def test_controlnets_repeat_or_come_by_commas(tmp_path: Path) -> None:
+    pairs = (("canny", "someone/canny"), ("depth", "/models/depth"))
+    arguments = ("--controlnet", "canny=someone/canny", "--controlnet=depth=/models/depth")
+    settings, given = read(arguments, {})
+    assert settings.controlnets == pairs
+    assert read((), {"ATELIER_CONTROLNET": "canny=someone/canny,depth=/models/depth"})[0].controlnets == pairs
+    file = tmp_path / "atelier.toml"
+    file.write_text(as_toml(settings, given))
+    assert read(("--config", str(file)), {})[0].controlnets == pairs
+    assert read((), {})[0].controlnets == ()
+    for wrong, told in (
+        ("canny", "'canny' is not NAME=REF, with a name of a-z"),
+        ("Canny=x", "'Canny=x' is not NAME=REF"),
+        ("a=x,a=y", "'a' is there twice; give each ControlNet a name of its own"),
+    ):
+        assert f"--controlnet (ATELIER_CONTROLNET): {told}" in problems("--controlnet", wrong)
+    assert "--controlnet: needs a value" in problems("--controlnet", "a=x", "--controlnet")

@@ -41,6 +41,17 @@ requests = message(
     negative_prompt=texts,
     adapters=st.lists(message(generation_pb2.AdapterSelection, adapter=texts), max_size=6),
     seed=st.integers(0, 2**64 - 1),
+    controlnets=st.lists(
+        message(
+            generation_pb2.ControlNetSelection,
+            name=texts,
+            image=st.binary(max_size=8),
+            scale=floats,
+            start=floats,
+            end=floats,
+        ),
+        max_size=3,
+    ),
     num_images=ints,
     num_inference_steps=ints,
     guidance_scale=floats,

@@ -162,6 +162,10 @@ def encode_info(status: WorkerStatus, limits: Limits) -> server_pb2.GetServerInf
                 inpainting=base.inpainting,
             )
         )
+        message.controlnets.extend(
+            server_pb2.ControlNet(name=net.name, reference=net.reference, sha256=net.sha256)
+            for net in base.controlnets
+        )
         message.device.CopyFrom(
             server_pb2.Device(
                 name=base.device,

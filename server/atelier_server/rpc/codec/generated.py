@@ -14,7 +14,7 @@ from atelier_server.rpc.codec.times import timestamp
 
 CHUNK_BYTES = 2**20
 # Fields of a receipt that are not plain scalars.
-_WRITTEN = {"adapters", "reproducibility", "versions"}
+_WRITTEN = {"adapters", "controlnets", "reproducibility", "versions"}
 
 
 def encode_event(event: StreamEvent, generation: Generation, base: BaseInfo) -> Iterator[pb.GenerateResponse]:
@@ -76,6 +76,10 @@ def _receipt(made: Receipt, end_time: float) -> pb.Receipt:
         adapters=[
             pb.Receipt.Adapter(**{field.name: getattr(adapter, field.name) for field in fields(adapter)})
             for adapter in made.adapters
+        ],
+        controlnets=[
+            pb.Receipt.ControlNet(**{field.name: getattr(use, field.name) for field in fields(use)})
+            for use in made.controlnets
         ],
         reproducibility=pb.REPRODUCIBILITY_STRICT if strict else pb.REPRODUCIBILITY_FAST,
         versions=made.versions,

@@ -25,6 +25,7 @@ from atelier_server.core import (
     SchedulerOptions,
 )
 from atelier_server.rpc.codec.checks import Checks
+from atelier_server.rpc.codec.controlnet import decode_controlnets
 from atelier_server.rpc.codec.init_image import decode_init
 from atelier_server.rpc.codec.selection import decode_adapters
 from atelier_server.rpc.pictures import Verdict
@@ -87,7 +88,7 @@ def decode_generate(
     if seed + max(num_images, 1) - 1 >= 2**64:
         checks.refuse("seed", f"{seed} + num_images - 1 does not fit into 64 bits")
     scheduler = request.scheduler if request.HasField("scheduler") else base.default_scheduler
-    width, height = _size(checks, request, limits, base, pictures.get("image"))
+    width, height = _size(checks, request, limits, base, pictures)
     job = GenerationJob(
         id=uuid.uuid4().hex,
         prompt=checks.text("prompt", request.prompt, limits.max_prompt_characters),
@@ -110,6 +111,7 @@ def decode_generate(
             size=(width, height),
             num_inference_steps=steps,
         ),
+        controlnets=decode_controlnets(checks, request, verdicts=pictures, base=base, size=(width, height)),
         clip_skip=checks.integer("clip_skip", request.clip_skip, 0, base.max_clip_skip),
         mode=mode,
         bucket=bucket,
@@ -135,9 +137,17 @@ def _reproducibility(checks: Checks, request: pb.GenerateRequest) -> tuple[Mode,
 
 
 def _size(
-    checks: Checks, request: pb.GenerateRequest, limits: Limits, base: BaseInfo, image: Verdict | None
+    checks: Checks,
+    request: pb.GenerateRequest,
+    limits: Limits,
+    base: BaseInfo,
+    pictures: Mapping[str, Verdict],
 ) -> tuple[int, int]:
-    """Width and height: as asked for, else those of the picture to begin with, else the base's own."""
+    """Width and height: as asked for, else those of the picture to begin with or of the first that guides,
+    else the base's own.
+    """
+    source = "image" if "image" in pictures else "controlnets[0].image"
+    image = pictures.get(source)
     told = image is not None and not image.problem
     native = (image.width, image.height) if image and told else (base.native_width, base.native_height)
     asked = {field.name: value for field, value in request.ListFields() if field.name in ("width", "height")}
@@ -147,9 +157,7 @@ def _size(
         most = highest[field]
         if told and field not in asked and (value % 8 or not 8 <= value <= most):
             right = min(max(value - value % 8, 8), most)
-            checks.refuse(
-                "image", f"its {field} {value} is no multiple of 8 between 8 and {most}; {right} is"
-            )
+            checks.refuse(source, f"its {field} {value} is no multiple of 8 between 8 and {most}; {right} is")
         size.append(checks.size(field, asked[field], most) if field in asked else value)
     return size[0], size[1]
 

@@ -14,7 +14,7 @@ _HALF_BRIGHT = 128
 
 
 def pictures_of(request: pb.GenerateRequest) -> dict[str, bytes]:
-    """Field and file of every picture in the request."""
+    """Field and file of the pictures to begin with."""
     fields = {"image": request.image, "mask_image": request.mask_image}
     return {field: data for field, data in fields.items() if data}
 
@@ -48,8 +48,9 @@ def decode_init(
             f"{strength:g} of {num_inference_steps} steps is less than one; "
             f"{1 / num_inference_steps:g} or more would take one",
         )
-    for field, verdict in verdicts.items():
-        _fits(checks, field, verdict, size)
+    for field in ("image", "mask_image"):
+        if field in verdicts:
+            fits(checks, field, verdicts[field], size)
     mask = verdicts.get("mask_image")
     if mask is not None and not mask.problem and mask.brightest < _HALF_BRIGHT:
         checks.refuse("mask_image", "is empty: paint white what is to be painted anew")
@@ -62,7 +63,8 @@ def decode_init(
     )
 
 
-def _fits(checks: Checks, field: str, verdict: Verdict, size: tuple[int, int]) -> None:
+def fits(checks: Checks, field: str, verdict: Verdict, size: tuple[int, int]) -> None:
+    """Refuses a picture that is broken, or not of `size` (width, height)."""
     if verdict.problem:
         checks.refuse(field, verdict.problem)
     elif (verdict.width, verdict.height) != size:
