@@ -60,6 +60,7 @@ def configure(wanted: Format, level: str, process: str, stream: TextIO | None = 
     handler.setFormatter(_json(process) if resolve(wanted, stream) == "json" else _Text(process))
     handler.addFilter(_fill)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.captureWarnings(True)
 
 
 def _fill(record: logging.LogRecord) -> bool:

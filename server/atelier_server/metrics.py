@@ -3,7 +3,7 @@
 The worker is another process: its observations come as `messages.Sample`, named as here without the prefix,
 so a scrape reads the front's memory and never waits for the device. No adapter's, training's, tenant's or
 request's name is ever a label: a label has the values that the table lists, or one of the few that the
-server itself knows (its methods, its device, its version).
+server itself knows (the methods that it has, its device, its version).
 """
 
 from __future__ import annotations
@@ -41,6 +41,12 @@ _ROWS = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 12.0, 16.0)
 
 # The values of a label, where all of them are known beforehand; FREE where the server fills them in.
 FREE: tuple[str, ...] = ()
+# The names of gRPC's statuses (https://grpc.io/docs/guides/status-codes/).
+_CODES = (
+    *("OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS"),
+    *("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE"),
+    *("UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED"),
+)
 _KIND = {"kind": ("generate", "train")}
 _PHASES = ("queue", "text_encode", "denoise", "decode", "image_encode")
 _COMPONENTS = ("base", "bank", "training", "activations", "runtime")
@@ -63,7 +69,7 @@ TABLE = (
         "request_duration_seconds",
         Histogram,
         "Duration of calls.",
-        {"method": FREE, "code": FREE},
+        {"method": FREE, "code": _CODES},
         _CALL,
     ),
     Metric("requests_in_progress", Gauge, "Calls that have no status yet.", {"method": FREE}),

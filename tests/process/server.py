@@ -116,8 +116,9 @@ class Server:
     def _wait(self, timeout: float) -> int:
         assert self._process is not None
         assert self._process.stdout is not None
-        with self._process.stdout:
-            return self._process.wait(timeout=timeout)
+        code = self._process.wait(timeout=timeout)
+        self._process.stdout.close()
+        return code
 
 
 def wait_gone(pid: int, seconds: float = 10) -> bool:

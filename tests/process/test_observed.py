@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,14 +49,19 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
 
 
 @pytest.fixture
-def collector() -> Iterator[tuple[Collector, str]]:
-    server = grpc.server(ThreadPoolExecutor(2))
+def observed(tmp_path: Path) -> Iterator[tuple[Collector, Server]]:
+    """A server that logs JSON and sends its spans to a collector on loopback."""
+    collecting = grpc.server(ThreadPoolExecutor(2))
     taking = Collector()
-    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(taking, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    yield taking, f"http://127.0.0.1:{port}"
-    server.stop(None).wait()
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(taking, collecting)
+    endpoint = f"http://127.0.0.1:{collecting.add_insecure_port('127.0.0.1:0')}"
+    collecting.start()
+    server = Server(tmp_path / "data", "--log-format", "json", "--otlp-endpoint", endpoint)
+    try:
+        yield taking, server.start()
+    finally:
+        server.stop()
+        collecting.stop(None).wait()
 
 
 def lines(server: Server) -> list[dict[str, Any]]:
@@ -66,9 +73,8 @@ def by_name(spans: list[Span], name: str) -> list[Span]:
     return [span for span in spans if span.name == name]
 
 
-def test_log_and_spans_of_a_picture_and_a_training(tmp_path: Path, collector: tuple[Collector, str]) -> None:
-    taking, endpoint = collector
-    server = Server(tmp_path / "data", "--log-format", "json", "--otlp-endpoint", endpoint).start()
+def test_log_and_spans_of_a_picture_and_a_training(observed: tuple[Collector, Server]) -> None:
+    taking, server = observed
     metadata = (("x-request-id", "paint-1"), ("traceparent", PARENT), ("authorization", TOKEN))
     with grpc.insecure_channel(server.address) as channel:
         paint = generation_pb2_grpc.GenerationServiceStub(channel).Generate
@@ -85,6 +91,14 @@ def test_log_and_spans_of_a_picture_and_a_training(tmp_path: Path, collector: tu
         recipe = {"max_train_steps": 2, "checkpointing_steps": 1, "instance_prompt": SECRET}
         messages = train_requests(picture(), **recipe)
         list(train(iter(messages), metadata=(("x-request-id", "train-1"), ("traceparent", PARENT))))
+        worker = server.state["worker_pid"]
+        os.kill(worker, signal.SIGSTOP)  # the device hangs: a scrape does not wait for it
+        try:
+            seen = server.metrics()
+        finally:
+            os.kill(worker, signal.SIGCONT)
+        assert seen["atelier_images_total"] == 1
+        assert seen['atelier_vram_component_bytes{component="base"}'] > 0
     assert server.stop() == 0
 
     said = lines(server)
@@ -93,6 +107,7 @@ def test_log_and_spans_of_a_picture_and_a_training(tmp_path: Path, collector: tu
     assert TOKEN.split()[1] not in text
     ended = {line["request_id"]: line for line in said if line["message"] == "call ended"}
     assert ended["paint-1"]["code"] == "OK"
+    assert ended["paint-1"]["tenant"] == "default"
     assert ended["paint-1"]["trace_id"] == TRACE
     assert ended["paint-2"]["reason"] == "INVALID_REQUEST"
     assert set(ended["paint-2"]["fields"].split(",")) == {"scheduler", "num_images"}

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import logging
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -27,6 +28,7 @@ def restored() -> Iterator[None]:
     root.handlers[:] = []
     yield
     root.handlers[:] = handlers
+    logging.captureWarnings(False)
     root.setLevel(level)
 
 
@@ -104,6 +106,16 @@ def test_levels_are_heeded() -> None:
     _log.info("quiet")
     _log.warning("loud")
     assert [json.loads(line)["message"] for line in stream.getvalue().splitlines()] == ["loud"]
+
+
+def test_warnings_of_libraries_are_lines_too() -> None:
+    stream = configured()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("old habits", UserWarning, stacklevel=1)
+    line = json.loads(stream.getvalue())
+    assert (line["level"], line["logger"]) == ("WARNING", "py.warnings")
+    assert "old habits" in line["message"]
 
 
 class Terminal(io.StringIO):

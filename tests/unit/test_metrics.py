@@ -121,6 +121,7 @@ def test_nothing_is_left_of_a_worker_that_has_gone() -> None:
         Sample("queue_depth", 1),
         Sample("adapter_load_seconds", 1, ("otto",)),
         Sample("vram_component_bytes", 1, ("otto@100",)),
+        Sample("request_duration_seconds", 1, ("Generate", 'OK"} 1')),
     ],
 )
 def test_a_wrong_sample_is_logged_and_dropped(sample: Sample, caplog: pytest.LogCaptureFixture) -> None:

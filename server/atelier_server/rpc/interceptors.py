@@ -178,6 +178,7 @@ class _Call:
         self._metrics.call_ended(name, code, seconds)
         self._trace.end(code)
         about = {"request_id": self._id, "method": name, "code": code, "seconds": round(seconds, 4)}
+        about["tenant"] = caller.tenant().name
         if refusal is not None:
             about["reason"] = refusal.reason
             # The message may quote what the user wrote.

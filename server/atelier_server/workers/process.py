@@ -137,6 +137,7 @@ def serve(connection: socket.socket) -> int:
         sample_defaults=SampleDefaults(info.native_width, info.native_height, info.default_scheduler),
     )
     outbox.put(WorkerReady(info, settings.slots, costs))
+    outbox.put(_heartbeat(loop, runner))
     stopped = threading.Event()
     threading.Thread(
         target=_beat, args=(loop, runner, outbox, stopped), name="heartbeat", daemon=True
