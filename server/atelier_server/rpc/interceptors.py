@@ -119,7 +119,15 @@ def _behaviour(handler: Any) -> Callable[..., Any]:
 
 def on_end(context: Context, action: Callable[[], None]) -> None:
     """Calls `action` when the call is over, however it ended."""
-    context.add_done_callback(lambda _: action())  # type: ignore[arg-type]
+    # gRPC's context and its callbacks hold each other until the garbage is collected, which may be many
+    # pictures later: what `action` holds is let go once it is done.
+    due = [action]
+
+    def ended(_: Context) -> None:
+        while due:
+            due.pop()()
+
+    context.add_done_callback(ended)  # type: ignore[arg-type]
 
 
 def _name(method: str) -> str:
