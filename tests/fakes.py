@@ -108,6 +108,9 @@ class FakeRunner:
     def decode(self, task: ImageTask, done: Callable[[Decoded], None]) -> None:
         done(Decoded(f"{task.job.id}:{task.index}".encode()))
 
+    def preview(self, task: ImageTask, done: Callable[[bytes], None]) -> None:
+        done(f"{task.job.id}:{task.index} after {self.progress[task.arrival]}".encode())
+
     def close(self, task: ImageTask) -> None:
         self.progress.pop(task.arrival, None)
 

@@ -58,6 +58,7 @@ class GenerateFields(TypedDict, total=False):
         Controls,
         "NAME=FILE[:SCALE[:START-END]]: a ControlNet of the server and the picture that guides; repeats",
     ]
+    preview_steps: Annotated[int, "a small preview every so many steps (default: none)"]
     clip_skip: Annotated[int, "layers of the text encoders to leave out at the end (default: 0)"]
 
 

@@ -238,6 +238,7 @@ class GenerationJob:
     init: InitImage | None = None
     controlnets: tuple[ControlUse, ...] = ()
     clip_skip: int = 0
+    preview_steps: int = 0  # a preview every so many steps; 0 = none
     # Whose it is, where several share the device; and how it counts among them.
     client: str = ""
     priority: Priority = Priority.NORMAL

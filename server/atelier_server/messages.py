@@ -142,6 +142,17 @@ class ImageReady:
 
 
 @dataclass(frozen=True, slots=True)
+class PreviewReady:
+    """A glance at picture `index` after `step` forwards of it."""
+
+    job_id: str
+    index: int
+    step: int
+    mime_type: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Timings:
     queue_seconds: float = 0.0
     encode_seconds: float = 0.0
@@ -321,6 +332,7 @@ Event = (
     | Queued
     | Progress
     | ImageReady
+    | PreviewReady
     | GenerationCompleted
     | JobFailed
     | JobCancelled

@@ -10,7 +10,7 @@ import typer
 
 from atelier.cli import flags, hints, output
 from atelier.cli.connection import connect
-from atelier.events import Completed, GenerationEvent, Image, Progress, Queued
+from atelier.events import Completed, GenerationEvent, Image, Preview, Progress, Queued
 from atelier.fields import GenerateFields
 from atelier.sheet import contact_sheet
 
@@ -55,6 +55,8 @@ def generate(
                     event.save(path)
                     images.append(event)
                     _tell_image(event, path, json)
+                elif isinstance(event, Preview):
+                    _tell_preview(event, _numbered(target, event.index) if several else target, json)
                 else:
                     _tell(event, steps, json)
     if sheet is not None:
@@ -87,6 +89,16 @@ def _tell_image(image: Image, path: Path, json: bool) -> None:
         )
     else:
         output.out(f"{path}  seed {image.seed}")
+
+
+def _tell_preview(preview: Preview, target: Path, json: bool) -> None:
+    """Into a file beside the picture's, the next one over it."""
+    path = target.with_name(f"{target.stem}.preview.png")
+    preview.save(path)
+    if json:
+        output.print_json({"preview": {**output.record(preview), "path": str(path)}})
+    else:
+        output.say(f"{path}  step {preview.step}")
 
 
 def _tell(event: GenerationEvent, steps: output.Steps, json: bool) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from atelier_server.core import SchedulerOptions, steps_walked
 from atelier_server.diffusion.init_image import InitLatents
+from atelier_server.diffusion.outlook import Outlook
 from atelier_server.diffusion.schedulers import make_scheduler
 from atelier_server.errors import InvalidRequest, Violation
 
@@ -44,6 +45,8 @@ class Trajectory:
     kept: Kept | None = None
     extra_channels: Tensor | None = None  # [1, 1 + C, h, w]: what an inpainting model's U-Net sees besides
     index: int = 0
+    shown: Tensor | None = None  # the last model input, without the channels beside it
+    outlook: Outlook | None = None  # the last step's
 
     @classmethod
     def begin(
@@ -127,6 +130,11 @@ class Trajectory:
         return self.scheduler.add_noise(image, noise, self.timestep[None])  # type: ignore[no-any-return]
 
     @property
+    def prediction_type(self) -> str:
+        """What the U-Net predicts: epsilon, v_prediction or sample."""
+        return str(self.scheduler.config.prediction_type)
+
+    @property
     def finished(self) -> bool:
         return self.index >= len(self.timesteps)
 
@@ -142,10 +150,13 @@ class Trajectory:
     def model_input(self) -> Tensor:
         """[1, C, h, w], scaled as the scheduler wants the U-Net to see it, with the channels beside it."""
         scaled: Tensor = self.scheduler.scale_model_input(self.latents, self.timestep)
+        self.shown = scaled
         return scaled if self.extra_channels is None else torch.cat([scaled, self.extra_channels], dim=1)
 
     def advance(self, prediction: Tensor) -> None:
         """One scheduler step with the U-Net's (guided) prediction [1, C, h, w]."""
+        if self.shown is not None:
+            self.outlook = Outlook(self.shown, self.timestep, prediction)
         self.latents = self.scheduler.step(
             prediction, self.timestep, self.latents, **self.step_options, return_dict=False
         )[0]

@@ -10,7 +10,16 @@ from atelier_server.core import GenerationJob
 from atelier_server.engine.runner import Decoded
 from atelier_server.engine.scheduler import ImageTask
 from atelier_server.engine.spans import tell
-from atelier_server.messages import Event, GenerationCompleted, ImageReady, Progress, Queued, Sample, Timings
+from atelier_server.messages import (
+    Event,
+    GenerationCompleted,
+    ImageReady,
+    PreviewReady,
+    Progress,
+    Queued,
+    Sample,
+    Timings,
+)
 from atelier_server.origin import NOWHERE, Origin
 
 PROGRESS_INTERVAL = 0.1  # seconds between two progress events of a generation
@@ -88,9 +97,15 @@ class Generations:
             generation.last_progress = now
             self.emit(Progress(task.job.id, generation.steps, generation.total_steps))
 
+    def previewed(self, task: ImageTask, step: int, data: bytes) -> None:
+        """A glance at a picture; too late where the picture itself or the generation's end has come."""
+        if task.job.id in self.live and not task.decoded:
+            self.emit(PreviewReady(task.job.id, task.index, step, "image/png", data))
+
     def decoded(self, task: ImageTask, picture: Decoded) -> bool:
         """A picture is a file now. True when it was the generation's last."""
         generation = self.live[task.job.id]
+        task.decoded = True
         job = generation.job
         generation.decode_seconds += picture.decode_seconds
         generation.image_encode_seconds += picture.encode_seconds

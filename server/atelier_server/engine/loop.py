@@ -51,7 +51,16 @@ class TaskDecoded:
     picture: Decoded
 
 
-Message = Command | TaskDecoded | DeviceWork
+@dataclass(frozen=True, slots=True)
+class TaskPreviewed:
+    """From the previewer's thread: a glance at a picture after `step` of its forwards."""
+
+    task: ImageTask
+    step: int
+    data: bytes
+
+
+Message = Command | TaskDecoded | TaskPreviewed | DeviceWork
 
 
 class Loop:
@@ -132,6 +141,8 @@ class Loop:
                 self._cancel(job_id)
             case TaskDecoded(task=task, picture=picture):
                 self._decoded(task, picture)
+            case TaskPreviewed(task=task, step=step, data=data):
+                self.generations.previewed(task, step, data)
             case Drain():
                 self._drain()
             case LoadAdapter() | UnloadAdapter():
@@ -163,9 +174,12 @@ class Loop:
             return
         self._send(Sample("denoise_step_seconds", monotonic() - before))
         self._send(Sample("batch_rows", float(len(batch.tasks))))
-        for task in batch.tasks:
+        for task, last in zip(batch.tasks, finished, strict=True):
             task.bucket = max(task.bucket, batch.bucket)
+            task.steps_done += 1
             self.generations.stepped(task)
+            if task.wants_preview and not last:
+                self._runner.preview(task, partial(self._put_preview, task, task.steps_done))
         done = [task for task, last in zip(batch.tasks, finished, strict=True) if last]
         if done:
             self.scheduler.remove(done)
@@ -175,6 +189,9 @@ class Loop:
 
     def _put_decoded(self, task: ImageTask, picture: Decoded) -> None:
         self._inbox.put(TaskDecoded(task, picture))
+
+    def _put_preview(self, task: ImageTask, step: int, data: bytes) -> None:
+        self._inbox.put(TaskPreviewed(task, step, data))
 
     def _load(self, batch: DenoiseBatch) -> dict[CheckpointId, int] | None:
         """Slots for the adapters of a batch, loaded. None when one could not be."""

@@ -89,6 +89,9 @@ class Runner(Protocol):
     def decode(self, task: ImageTask, done: Callable[[Decoded], None]) -> None:
         """Turns a finished picture into a file beside the loop; `done` is called from another thread."""
 
+    def preview(self, task: ImageTask, done: Callable[[bytes], None]) -> None:
+        """A small PNG of a picture in the making, beside the loop; `done` as above, if at all."""
+
     def close(self, task: ImageTask) -> None:
         """Forgets a picture, finished or not."""
 

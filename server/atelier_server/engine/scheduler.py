@@ -31,6 +31,12 @@ class ImageTask:
     started: bool = False
     bucket: int = 0  # the largest it has run in
     steps_done: int = 0
+    decoded: bool = False
+
+    @property
+    def wants_preview(self) -> bool:
+        every = self.job.preview_steps
+        return every > 0 and self.steps_done % every == 0
 
     @property
     def seed(self) -> int:

@@ -26,6 +26,7 @@ from atelier_server.messages import (
     ImageReady,
     JobCancelled,
     JobFailed,
+    PreviewReady,
     Progress,
     Queued,
     Sample,
@@ -209,7 +210,9 @@ class Dispatcher:
 
     def _route(self, event: Event) -> None:
         match event:
-            case Queued() | Progress() | ImageReady() | GenerationCompleted() | JobCancelled():
+            case (
+                Queued() | Progress() | PreviewReady() | ImageReady() | GenerationCompleted() | JobCancelled()
+            ):
                 self._generations.handle(event)
             case JobFailed():
                 room = self._generations if self._generations.knows(event.job_id) else self._runs

@@ -8,18 +8,18 @@ from dataclasses import replace
 
 from atelier_server.core import GenerationJob
 from atelier_server.errors import AtelierError, by_reason
-from atelier_server.messages import GenerationCompleted, ImageReady, JobFailed, Progress, Queued
+from atelier_server.messages import GenerationCompleted, ImageReady, JobFailed, PreviewReady, Progress, Queued
 from atelier_server.origin import NOWHERE, Origin
 
 _ENTRY_BYTES = 4096  # about what a finished generation takes beside its pictures
 
-StreamEvent = Queued | Progress | ImageReady | GenerationCompleted
+StreamEvent = Queued | Progress | PreviewReady | ImageReady | GenerationCompleted
 
 
 class Generation:
-    """The history of one job, kept small: its first `queued`, the latest `queued` and `progress`, its
-    pictures and its end. Each entry carries a tick that only grows, so a reader needs one number to know
-    what is new to it, however slow it is.
+    """The history of one job, kept small: its first `queued`, the latest `queued` and `progress`, the latest
+    preview of every picture until that has come, its pictures and its end. Each entry carries a tick that
+    only grows, so a reader needs one number to know what is new to it, however slow it is.
     """
 
     def __init__(
@@ -63,6 +63,11 @@ class Generation:
                     return
                 self._images.add(event.index)
                 self.kept_bytes += len(event.data)
+                self._drop_preview(event.index)
+            case PreviewReady():
+                if event.index in self._images:
+                    return
+                self._drop_preview(event.index)
             case Progress():
                 self._history = [e for e in self._history if not isinstance(e[1], Progress)]
             case Queued():
@@ -75,6 +80,11 @@ class Generation:
         self._tick += 1
         self._history.append((self._tick, event))
         self._wake()
+
+    def _drop_preview(self, index: int) -> None:
+        self._history = [
+            e for e in self._history if not (isinstance(e[1], PreviewReady) and e[1].index == index)
+        ]
 
     def after(self, tick: int) -> tuple[int, StreamEvent] | None:
         """The first event after `tick`."""

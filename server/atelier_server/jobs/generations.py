@@ -15,7 +15,7 @@ from atelier_server import origin
 from atelier_server.access.tenants import Tenant
 from atelier_server.core import GenerationJob
 from atelier_server.errors import Cancelled, QueueFull, RequestIdReused, ServerDraining, WorkerLost
-from atelier_server.jobs.generation import Generation, Reader
+from atelier_server.jobs.generation import Generation, Reader, StreamEvent
 from atelier_server.jobs.quotas import check_images
 from atelier_server.messages import (
     Cancel,
@@ -24,13 +24,14 @@ from atelier_server.messages import (
     ImageReady,
     JobCancelled,
     JobFailed,
+    PreviewReady,
     Progress,
     Queued,
     Submit,
 )
 from atelier_server.metrics import Metrics
 
-GenerationEvent = Queued | Progress | ImageReady | GenerationCompleted | JobFailed | JobCancelled
+GenerationEvent = StreamEvent | JobFailed | JobCancelled
 _ATTEMPTS = 3
 
 
@@ -127,7 +128,7 @@ class Generations:
         if generation is None:
             return
         match event:
-            case Progress() | ImageReady():
+            case Progress() | PreviewReady() | ImageReady():
                 if not generation.begun:
                     generation.begun = True
                     self._metrics.work_began("generate", self._clock() - generation.admitted_at)

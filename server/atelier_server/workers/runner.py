@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
 
 import torch
-from torch import Tensor
 
 from atelier_server.adapters.bank import ActiveRows, RowsKey, SlotBank
 from atelier_server.adapters.canonical import CanonicalAdapter
@@ -26,19 +23,18 @@ from atelier_server.diffusion.base import load_base
 from atelier_server.diffusion.conditioning import Conditioning, Framing
 from atelier_server.diffusion.controlnet import ControlNets
 from atelier_server.diffusion.denoiser import Denoiser, Picture
-from atelier_server.diffusion.images import encode_picture
 from atelier_server.diffusion.init_image import InitImages
 from atelier_server.diffusion.meter import peak_bytes
 from atelier_server.diffusion.trajectory import Trajectory
 from atelier_server.engine.runner import Decoded, Memory, OnDevice, Published, StepReport
 from atelier_server.engine.scheduler import ImageTask
-from atelier_server.errors import NonfiniteImage, OutOfMemory
+from atelier_server.errors import OutOfMemory
 from atelier_server.messages import WorkerSettings
-from atelier_server.receipt import receipt
 from atelier_server.report import AdapterReport, ImportTerms
 from atelier_server.training.trainer import LoraTrainer
 from atelier_server.workers import device
 from atelier_server.workers.adapters import AdapterFiles
+from atelier_server.workers.darkroom import Darkroom
 from atelier_server.workers.probe import Probe
 from atelier_server.workers.texts import Texts
 
@@ -48,7 +44,7 @@ _FREE_SECONDS = 0.5  # how long the free memory is taken to stay the same
 
 
 class TorchRunner:
-    """One base, one bank, one denoiser. Called from the loop's thread; only decoding runs beside it."""
+    """One base, one bank, one denoiser. Called from the loop's thread; only the darkroom works beside it."""
 
     def __init__(self, settings: WorkerSettings) -> None:
         if settings.threads:
@@ -78,10 +74,7 @@ class TorchRunner:
         self._costs = Costs()
         self._free_bytes, self._free_at = 0, -_FREE_SECONDS
         self._rows: tuple[RowsKey, ActiveRows] | None = None
-        # One thread: pictures are decoded in the order in which they were finished.
-        cuda = self.base.device.type == "cuda"
-        self._stream = torch.cuda.Stream(self.base.device) if cuda else None  # type: ignore[no-untyped-call]
-        self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decoder")
+        self._darkroom = Darkroom(self.base, self._info)
 
     # ------------------------------------------------------------------------------------------- pictures
     def open(self, task: ImageTask, slots: Mapping[CheckpointId, int]) -> None:
@@ -140,35 +133,13 @@ class TorchRunner:
 
     def decode(self, task: ImageTask, done: Callable[[Decoded], None]) -> None:
         latents = self._pictures[task.arrival].trajectory.latents[0]
-        self._decoder.submit(self._decode, task, latents, done)
+        self._darkroom.decode(task, latents, done, tiled=self._large(task))
+
+    def preview(self, task: ImageTask, done: Callable[[bytes], None]) -> None:
+        self._darkroom.preview(task, self._pictures[task.arrival].trajectory, done)
 
     def close(self, task: ImageTask) -> None:
         self._pictures.pop(task.arrival, None)
-
-    def _decode(self, task: ImageTask, latents: Tensor, done: Callable[[Decoded], None]) -> None:
-        began = decoded = monotonic()
-        try:
-            with self._beside(latents):
-                pixels = self.base.decode_latents(latents, tiled=self._large(task))
-            if not bool(pixels.isfinite().all()):
-                raise NonfiniteImage(
-                    "the picture has values that are not finite: lower the guidance or weights"
-                )
-            decoded = monotonic()
-            made = receipt(task.job, self._info, seed=task.seed, num_images=1, bucket=task.bucket)
-            data = encode_picture(pixels, task.job.image_format, made.embedded())
-        except Exception as error:
-            done(Decoded(b"", error=error))
-        else:
-            ended = monotonic()
-            done(Decoded(data, decoded - began, ended - decoded, ended))
-
-    def _beside(self, latents: Tensor) -> AbstractContextManager[object]:
-        """On a GPU a stream of its own: decoding does not hold up the next step, nor wait for it."""
-        if self._stream is None:
-            return nullcontext()
-        latents.record_stream(self._stream)
-        return torch.cuda.stream(self._stream)
 
     def _large(self, task: ImageTask) -> bool:
         """Whether decoding it whole would take half the device: by its total memory, so that a size is always

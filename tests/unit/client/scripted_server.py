@@ -147,6 +147,9 @@ class Generation(GenerationServiceServicer):
         total = request.num_images or 1
         yield Response(queued=Response.Queued(position=0))
         yield Response(progress=Response.Progress(step=1, total=total))
+        if request.preview_steps:
+            step, data = request.preview_steps, picture(size=8)
+            yield Response(preview=Response.Preview(index=0, step=step, mime_type="image/png", data=data))
         for index in range(total):
             yield from image_chunks(index, picture((index * 40, 90, 200)), request.seed + index)
             if self.script.pause_generate:

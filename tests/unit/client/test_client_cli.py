@@ -52,6 +52,14 @@ def test_pictures_are_sent_from_files(run: Callable[..., Result], server: Any, t
     assert (request.image, request.mask_image, request.strength) == (b"first", b"mask", 0.5)
 
 
+def test_previews_are_written_beside_the_picture(run: Callable[..., Result], tmp_path: Path) -> None:
+    done = run("generate", "x", "--preview-steps", 5, "-o", "x.webp", "--json")
+    (told,) = [line["preview"] for line in map(json.loads, done.stdout.splitlines()) if "preview" in line]
+    assert told == {"index": 0, "step": 5, "mime_type": "image/png", "path": "x.preview.png"}
+    with Image.open(tmp_path / "x.preview.png") as preview:
+        assert preview.size == (8, 8)
+
+
 def test_several_pictures_are_numbered_and_the_suffix_is_the_format(
     run: Callable[..., Result], server: Any, tmp_path: Path
 ) -> None:

@@ -32,6 +32,7 @@ from atelier_server.messages import (
     JobCancelled,
     JobFailed,
     LoadAdapter,
+    PreviewReady,
     Progress,
     Queued,
     Sample,
@@ -97,6 +98,15 @@ def test_a_generation_from_queued_to_completed() -> None:
     assert desk.of(Progress)[-1] == Progress("a", 6, 6)
     assert [(e.index, e.seed, e.data) for e in desk.of(ImageReady)] == [(0, 1, b"a:0"), (1, 2, b"a:1")]
     assert desk.runner.progress == {}
+
+
+def test_previews_come_every_so_many_steps_and_never_after_the_picture() -> None:
+    jobs = generation("a", num_images=2, num_inference_steps=4, preview_steps=2), generation("b")
+    desk = Desk().send(*(Submit(job) for job in jobs)).until(2)
+    told = [(e.job_id, e.index, e.step, e.data) for e in desk.of(PreviewReady)]
+    assert told == [("a", 0, 2, b"a:0 after 2"), ("a", 1, 2, b"a:1 after 2")]
+    kinds = [type(e) for e in desk.of(PreviewReady, ImageReady)]
+    assert kinds.index(ImageReady) > max(i for i, kind in enumerate(kinds) if kind is PreviewReady)
 
 
 def test_requests_share_forwards() -> None:

@@ -17,6 +17,7 @@ from atelier_server.messages import (
     Command,
     GenerationCompleted,
     ImageReady,
+    PreviewReady,
     Progress,
     Queued,
     Submit,
@@ -68,6 +69,24 @@ async def test_a_slow_reader_gets_the_latest_progress_and_every_picture() -> Non
     events = await drain(reader)
     assert [type(e) for e in events] == [Queued, Progress, ImageReady, GenerationCompleted]
     assert events[1] == Progress("a", 10, 10)
+
+
+async def test_only_the_latest_preview_is_kept_and_none_after_the_picture() -> None:
+    front = Front()
+    reader = front.admit("a")
+    for step in (2, 4, 6):
+        front.generations.handle(PreviewReady("a", 0, step, "image/png", b"0"))
+        front.generations.handle(PreviewReady("a", 1, step, "image/png", b"1"))
+    front.generations.handle(ImageReady("a", 1, 1, "image/png", b"done"))
+    front.generations.handle(PreviewReady("a", 1, 8, "image/png", b"late"))
+    front.finish("a")
+    previews = [event for event in await drain(reader) if isinstance(event, PreviewReady)]
+    assert [(event.index, event.step) for event in previews] == []
+    early = front.admit("b")
+    for step in (2, 4):
+        front.generations.handle(PreviewReady("b", 0, step, "image/png", b"0"))
+    events = early.events()
+    assert [await anext(events), await anext(events)][1] == PreviewReady("b", 0, 4, "image/png", b"0")
 
 
 async def test_the_last_try_is_alone_in_both_directions() -> None:

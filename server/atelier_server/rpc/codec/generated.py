@@ -8,7 +8,7 @@ from dataclasses import fields
 from atelier.v1 import generation_pb2 as pb
 from atelier_server.core import BaseInfo, Mode
 from atelier_server.jobs.generation import Generation, StreamEvent
-from atelier_server.messages import GenerationCompleted, ImageReady, Progress, Queued
+from atelier_server.messages import GenerationCompleted, ImageReady, PreviewReady, Progress, Queued
 from atelier_server.receipt import Receipt, receipt
 from atelier_server.rpc.codec.times import timestamp
 
@@ -25,6 +25,12 @@ def encode_event(event: StreamEvent, generation: Generation, base: BaseInfo) -> 
         case Progress():
             yield pb.GenerateResponse(
                 progress=pb.GenerateResponse.Progress(step=event.step, total=event.total)
+            )
+        case PreviewReady():
+            yield pb.GenerateResponse(
+                preview=pb.GenerateResponse.Preview(
+                    index=event.index, step=event.step, mime_type=event.mime_type, data=event.data
+                )
             )
         case ImageReady():
             yield from _chunks(event)

@@ -112,6 +112,7 @@ def decode_generate(
             num_inference_steps=steps,
         ),
         controlnets=decode_controlnets(checks, request, verdicts=pictures, base=base, size=(width, height)),
+        preview_steps=checks.integer("preview_steps", request.preview_steps, 0, limits.max_inference_steps),
         clip_skip=checks.integer("clip_skip", request.clip_skip, 0, base.max_clip_skip),
         mode=mode,
         bucket=bucket,

@@ -1,0 +1,85 @@
+"""Where pictures become files, beside the steps: finished ones, and glances at those in the making."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from time import monotonic
+
+import torch
+from torch import Tensor
+
+from atelier_server.core import BaseInfo, ImageFormat
+from atelier_server.diffusion.base import BaseModel
+from atelier_server.diffusion.images import encode_picture
+from atelier_server.diffusion.outlook import LatentColours
+from atelier_server.diffusion.trajectory import Trajectory
+from atelier_server.engine.runner import Decoded
+from atelier_server.engine.scheduler import ImageTask
+from atelier_server.errors import NonfiniteImage
+from atelier_server.receipt import receipt
+
+
+class Darkroom:
+    """One thread for finished pictures, in the order in which they come, and one for previews.
+
+    A preview that comes while one is being made is dropped: they must not pile up.
+    """
+
+    def __init__(self, base: BaseModel, info: BaseInfo) -> None:
+        self._base = base
+        self._info = info
+        self._colours = LatentColours.fit(base)
+        cuda = base.device.type == "cuda"
+        self._stream = torch.cuda.Stream(base.device) if cuda else None  # type: ignore[no-untyped-call]
+        self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decoder")
+        self._previewer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="previewer")
+        self._previewing: set[int] = set()  # by arrival
+
+    def decode(
+        self, task: ImageTask, latents: Tensor, done: Callable[[Decoded], None], *, tiled: bool
+    ) -> None:
+        """`done` is called from the thread, also with an error."""
+        self._decoder.submit(self._decode, task, latents, done, tiled)
+
+    def preview(self, task: ImageTask, trajectory: Trajectory, done: Callable[[bytes], None]) -> None:
+        """A small PNG of what the picture is going to be; `done` is called from the thread, if at all."""
+        if task.arrival not in self._previewing and (outlook := trajectory.outlook) is not None:
+            self._previewing.add(task.arrival)
+            alphas, predicts = trajectory.scheduler.alphas_cumprod, trajectory.prediction_type
+
+            def glance() -> None:
+                try:
+                    colours = self._colours.of(outlook.clean(alphas, predicts))
+                    if bool(colours.isfinite().all()):
+                        done(encode_picture(colours, ImageFormat.PNG, {}))
+                finally:
+                    self._previewing.discard(task.arrival)
+
+            self._previewer.submit(glance)
+
+    def _decode(self, task: ImageTask, latents: Tensor, done: Callable[[Decoded], None], tiled: bool) -> None:
+        began = decoded = monotonic()
+        try:
+            with self._beside(latents):
+                pixels = self._base.decode_latents(latents, tiled=tiled)
+            if not bool(pixels.isfinite().all()):
+                raise NonfiniteImage(
+                    "the picture has values that are not finite: lower the guidance or weights"
+                )
+            decoded = monotonic()
+            made = receipt(task.job, self._info, seed=task.seed, num_images=1, bucket=task.bucket)
+            data = encode_picture(pixels, task.job.image_format, made.embedded())
+        except Exception as error:
+            done(Decoded(b"", error=error))
+        else:
+            ended = monotonic()
+            done(Decoded(data, decoded - began, ended - decoded, ended))
+
+    def _beside(self, latents: Tensor) -> AbstractContextManager[object]:
+        """On a GPU a stream of its own: decoding does not hold up the next step, nor wait for it."""
+        if self._stream is None:
+            return nullcontext()
+        latents.record_stream(self._stream)
+        return torch.cuda.stream(self._stream)
