@@ -7,9 +7,8 @@ change from is in the report with the reason, and below the coverage that the ca
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -232,6 +231,7 @@ class _Reading:
             elif alpha is not None and config.rank:
                 scale = alpha / config.rank
         shape = self._base.shapes[name]
+        _check_difference(parts, shape)
         return _shaped(convert(name, parts, shape, max_rank=self._base.max_rank, scale=scale), shape)
 
     def _named_tokens(self) -> dict[str, dict[str, Tensor]]:
@@ -291,14 +291,33 @@ class _Reading:
 
 
 def _shaped(module: Module, shape: tuple[int, ...]) -> Module:
-    """A linear layer's change may come as that of a 1x1 convolution, and the other way round."""
+    """With the dimensions of the layer: a linear one's change may come as a 1x1 convolution's, and back.
+
+    Raises AdapterMismatch for other shapes, even of as many values.
+    """
     if not isinstance(module, LoraModule):
         return module
-    A, B = module.A, module.B
+    if _trimmed(module.A.shape[1:]) != _trimmed(shape[1:]) or _trimmed(module.B.shape[2:]):
+        raise AdapterMismatch(
+            f"has A of shape {tuple(module.A.shape)} and B of {tuple(module.B.shape)} for a weight of {shape}"
+        )
     ones = (1,) * len(shape[2:])
-    if A.shape[1] == shape[1] and (math.prod(A.shape[2:]) == 1 == math.prod(shape[2:])):
-        A = A.reshape(module.rank, *shape[1:])
-    return replace(module, A=A, B=B.reshape(*B.shape[:2], *ones))
+    A = module.A.reshape(module.rank, *shape[1:])
+    return replace(module, A=A, B=module.B.reshape(*module.B.shape[:2], *ones))
+
+
+def _check_difference(parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
+    for part in ("diff", "w_norm"):
+        if part in parts and _trimmed(parts[part].shape) != _trimmed(shape):
+            raise AdapterMismatch(f"has a {part} of shape {tuple(parts[part].shape)} for a weight of {shape}")
+
+
+def _trimmed(shape: Sequence[int]) -> tuple[int, ...]:
+    """Without the ones at the end."""
+    kept = len(shape)
+    while kept and shape[kept - 1] == 1:
+        kept -= 1
+    return tuple(shape[:kept])
 
 
 def _check_dtype(key: str, tensor: Tensor, integers: bool) -> None:
