@@ -72,6 +72,7 @@ async def missing(call: Any) -> tuple[str, str, object]:
 async def test_anothers_adapter_is_as_one_that_never_was(client: Any, tmp_path: Path) -> None:
     red, blue = client("red"), client("blue")
     await trained(red)
+    await red.tag_adapter("otto@10", "mine")
 
     def calls(name: str) -> list[Any]:
         return [
@@ -79,6 +80,10 @@ async def test_anothers_adapter_is_as_one_that_never_was(client: Any, tmp_path: 
             blue.load_adapter(name),
             blue.unload_adapter(name),
             blue.delete_adapter(name),
+            blue.undelete_adapter(name),
+            blue.tag_adapter(f"{name}@10", "mine"),
+            blue.untag_adapter(name, "mine"),
+            blue.annotate_adapter(name, "mine"),
             blue.export_adapter(name, tmp_path / "x.safetensors"),
             blue.generate("x", adapters=name),
             blue.get_training(name),

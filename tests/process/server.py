@@ -106,11 +106,15 @@ class Server:
         os.kill(pid, signal.SIGKILL)
         return pid
 
-    def stop(self, timeout: float = 60) -> int:
-        """SIGTERM; the exit code."""
+    def terminate(self) -> None:
+        """SIGTERM, and no waiting."""
         assert self._process is not None
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
+
+    def stop(self, timeout: float = 60) -> int:
+        """SIGTERM; the exit code."""
+        self.terminate()
         return self._wait(timeout)
 
     def _wait(self, timeout: float) -> int:

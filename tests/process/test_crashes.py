@@ -21,6 +21,7 @@ from atelier import (
     TrainingState,
 )
 from tests.process.server import Server, wait_gone
+from tests.process.weights import tensors
 
 pytestmark = pytest.mark.process
 
@@ -116,9 +117,9 @@ def test_a_disturbed_training_ends_with_the_weights_of_an_undisturbed_one(
         checkpoints.get(timeout=120)
         server.kill_worker()
         training.result(timeout=240)
-        calm = client.export_adapter("calm", tmp_path / "calm.safetensors")
-        storm = client.export_adapter("storm", tmp_path / "storm.safetensors")
-    assert calm.sha256 == storm.sha256
+        client.export_adapter("calm", tmp_path / "calm.safetensors")
+        client.export_adapter("storm", tmp_path / "storm.safetensors")
+    assert tensors(tmp_path / "calm.safetensors") == tensors(tmp_path / "storm.safetensors")
 
 
 def test_cancelling_keeps_what_was_learned_and_resuming_goes_on(server: Server) -> None:
@@ -137,17 +138,3 @@ def test_cancelling_keeps_what_was_learned_and_resuming_goes_on(server: Server) 
         assert client.generate(
             "a sks blue plush octopus", adapters=f"otto@{kept.step}", num_inference_steps=2
         )
-
-
-def test_sigterm_ends_well_and_the_training_goes_on_after(server: Server) -> None:
-    with Client(server.address) as client, ThreadPoolExecutor(1) as pool:
-        checkpoints: SimpleQueue[int] = SimpleQueue()
-        training = pool.submit(watch, client, "otto", checkpoints)
-        checkpoints.get(timeout=120)
-        worker = int(server.state["worker_pid"])
-        assert server.stop() == 0
-        assert wait_gone(worker)
-        server.start()
-        events = training.result(timeout=240)
-    assert isinstance(events[-1], TrainingCompleted)
-    assert numbers(events) == list(range(1, len(events) + 1))

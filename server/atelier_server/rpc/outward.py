@@ -10,14 +10,9 @@ from atelier_server.access.tenants import Scope
 # What users wrote themselves stays to the letter; every other text may hold a name.
 VERBATIM = frozenset(
     [
-        "prompt",
-        "negative_prompt",
-        "instance_prompt",
-        "class_prompt",
-        "validation_prompts",
-        "trigger",
-        "caption",
-        "note",
+        *("prompt", "negative_prompt", "instance_prompt", "class_prompt", "validation_prompts"),
+        *("trigger", "triggers", "caption", "note", "placeholder", "tag", "tags"),
+        *("base_model", "reference", "hub_id", "software"),
     ]
 )
 
@@ -27,19 +22,17 @@ def strip(message: Message, scope: Scope) -> None:
     if not scope.tenant:
         return
     for field, value in message.ListFields():
-        if field.name in VERBATIM:
-            continue
         if _is_map(field):
             for key in [key for key in value if isinstance(value[key], str)]:
                 value[key] = scope.leave(value[key])
-        elif field.type == FieldDescriptor.TYPE_STRING:
+        elif field.type == FieldDescriptor.TYPE_MESSAGE:
+            for inner in value if field.is_repeated else (value,):
+                strip(inner, scope)
+        elif field.type == FieldDescriptor.TYPE_STRING and field.name not in VERBATIM:
             if field.is_repeated:
                 value[:] = [scope.leave(text) for text in value]
             else:
                 setattr(message, field.name, scope.leave(value))
-        elif field.type == FieldDescriptor.TYPE_MESSAGE:
-            for inner in value if field.is_repeated else (value,):
-                strip(inner, scope)
 
 
 def _is_map(field: FieldDescriptor) -> bool:
