@@ -247,12 +247,13 @@ class SlotBank:
             raise RuntimeError("rows cannot be activated between a training's forward and its backward")
         current = self._current
         before = current.deltas, current.norms, current.words
-        current.deltas, current.norms = (rows.deltas, rows.norms) if rows is not None else ({}, {})
+        current.activate(*((rows.deltas, rows.norms) if rows is not None else ({}, {})))
         current.words = words.vectors if words is not None else {}
         try:
             yield
         finally:
-            current.deltas, current.norms, current.words = before
+            current.activate(*before[:2])
+            current.words = before[2]
 
     @contextmanager
     def train(self, leaves: LeafSet | Sequence[LeafSet]) -> Iterator[None]:
@@ -264,11 +265,11 @@ class SlotBank:
         if self._training or self._current.deltas or self._current.norms:
             raise RuntimeError("a training cannot begin while other rows are active")
         self._training = True
-        self._current.deltas = leaves.leaves if isinstance(leaves, LeafSet) else stacked(leaves)
+        self._current.activate(leaves.leaves if isinstance(leaves, LeafSet) else stacked(leaves), {})
         try:
             yield
         finally:
-            self._current.deltas = {}
+            self._current.activate({}, {})
             self._training = False
 
     # ---------------------------------------------------------------------------------------- internals

@@ -12,9 +12,9 @@ a wrapped model are those of the unwrapped one; nothing of the bank is a paramet
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -43,19 +43,56 @@ class NormDelta(Protocol):
         ...
 
 
+AnyDelta = TypeVar("AnyDelta", Delta, NormDelta)
+
+
 @dataclass(slots=True)
+class Place(Generic[AnyDelta]):
+    """Where a layer finds its delta of now.
+
+    An object of its own, not looked up by the layer's name: compiled code is shared by all layers that are
+    alike, and so must not know which of them it is.
+    """
+
+    delta: AnyDelta | None = None
+
+
 class Current:
-    """The deltas of the forward that runs now, by layer name; shared by all layers of a bank.
+    """The deltas of the forward that runs now; shared by all layers of a bank.
 
     `words`: by text encoder the vectors [n,d] of the learned tokens of the text that is encoded now.
 
-    A plain attribute and no context variable: with gradient checkpointing on CUDA the forward is computed
+    Plain attributes and no context variables: with gradient checkpointing on CUDA the forward is computed
     again in autograd's own thread, which must see the same deltas.
     """
 
-    deltas: Mapping[str, Delta] = field(default_factory=dict)
-    norms: Mapping[str, NormDelta] = field(default_factory=dict)
-    words: Mapping[str, Tensor] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.deltas: Mapping[str, Delta] = {}
+        self.norms: Mapping[str, NormDelta] = {}
+        self.words: Mapping[str, Tensor] = {}
+        self._layers: dict[str, Place[Delta]] = {}
+        self._norms: dict[str, Place[NormDelta]] = {}
+
+    def layer_place(self, name: str) -> Place[Delta]:
+        return self._layers.setdefault(name, Place())
+
+    def norm_place(self, name: str) -> Place[NormDelta]:
+        return self._norms.setdefault(name, Place())
+
+    def activate(self, deltas: Mapping[str, Delta], norms: Mapping[str, NormDelta]) -> None:
+        """Puts these, by layer name, into their places and nothing into the others."""
+        _replace(self._layers, self.deltas, deltas)
+        _replace(self._norms, self.norms, norms)
+        self.deltas, self.norms = deltas, norms
+
+
+def _replace(
+    places: Mapping[str, Place[AnyDelta]], old: Mapping[str, AnyDelta], new: Mapping[str, AnyDelta]
+) -> None:
+    for name in old:
+        places[name].delta = None
+    for name, delta in new.items():
+        places[name].delta = delta
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +193,11 @@ class BankLinear(nn.Linear):
         self.bias = base.bias
         self.train(base.training)
         self.layer_name = name
-        self.current = current
+        self.place = current.layer_place(name)
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        delta = self.current.deltas.get(self.layer_name)
+        delta = self.place.delta
         return y if delta is None else delta.linear(x, y)
 
 
@@ -182,11 +219,11 @@ class BankConv2d(nn.Conv2d):
         self.bias = base.bias
         self.train(base.training)
         self.layer_name = name
-        self.current = current
+        self.place = current.layer_place(name)
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        delta = self.current.deltas.get(self.layer_name)
+        delta = self.place.delta
         return y if delta is None else delta.conv(x, y, self)
 
 
@@ -199,11 +236,11 @@ class BankGroupNorm(nn.GroupNorm):
         self.bias = base.bias
         self.train(base.training)
         self.layer_name = name
-        self.current = current
+        self.place = current.norm_place(name)
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        delta = self.current.norms.get(self.layer_name)
+        delta = self.place.delta
         return y if delta is None else delta.norm(x, y, self)
 
 
@@ -216,11 +253,11 @@ class BankLayerNorm(nn.LayerNorm):
         self.bias = base.bias
         self.train(base.training)
         self.layer_name = name
-        self.current = current
+        self.place = current.norm_place(name)
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        delta = self.current.norms.get(self.layer_name)
+        delta = self.place.delta
         return y if delta is None else delta.norm(x, y, self)
 
 
