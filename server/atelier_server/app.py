@@ -249,6 +249,7 @@ def worker_settings(settings: Settings, data_dir: Path, owner: str) -> WorkerSet
         slots=settings.slots,
         threads=settings.threads,
         host_adapter_bytes=settings.host_adapter_bytes,
+        compile=settings.compile,
         max_lora_rank=settings.limits.max_lora_rank,
         log_level=settings.log_level,
         log_format=logs.resolve(settings.log_format, sys.stderr),

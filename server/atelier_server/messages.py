@@ -29,6 +29,7 @@ class WorkerSettings:
     threads: int
     max_lora_rank: int
     host_adapter_bytes: int
+    compile: bool = False
     log_level: str = "info"
     log_format: Literal["text", "json"] = "text"
     store: str = ""

@@ -78,6 +78,16 @@ class CanonicalAdapter:
         return max(modules, key=lambda module: module.rank, default=None)
 
 
+def blank(shapes: Mapping[str, tuple[int, ...]]) -> CanonicalAdapter:
+    """An adapter of rank 1 on the U-Net's attention that changes nothing; `shapes`: of the base's weights."""
+    modules = {
+        name: LoraModule(torch.zeros(1, shape[1]), torch.zeros(shape[0], 1), 1.0)
+        for name, shape in shapes.items()
+        if name.startswith("unet.") and ".attn" in name and len(shape) == 2
+    }
+    return CanonicalAdapter(modules)
+
+
 def tensors_of(module: Module) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a module that are there, by the names of their fields."""
     own = ("A", "B") if isinstance(module, LoraModule) else ("weight",)

@@ -95,6 +95,9 @@ class Settings(BaseModel):
     store_cache_gb: float = Field(default=20.0, gt=0, description="files of a remote --store kept here")
     retention_days: float = Field(default=7.0, ge=0, description="deleted adapters can be undeleted so long")
     slots: int = Field(default=16, ge=1, le=1024, description="adapters on the device")
+    compile: bool = Field(
+        default=False, description="compile the U-Net's blocks: a slower start, faster steps"
+    )
     host_adapter_bytes: int = Field(
         default=2 * 2**30, ge=0, description="adapters kept in host memory, ready for a slot"
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,12 @@ from time import monotonic
 import torch
 
 from atelier_server.adapters.bank import ActiveRows, RowsKey, SlotBank
-from atelier_server.adapters.canonical import CanonicalAdapter
+from atelier_server.adapters.canonical import CanonicalAdapter, blank
 from atelier_server.adapters.host import HostTier
 from atelier_server.adapters.store import AdapterStore, CheckpointRecord
 from atelier_server.core import AdapterUse, BaseInfo, CheckpointId, Costs, TrainingJob
 from atelier_server.diffusion.base import load_base
+from atelier_server.diffusion.compiling import compile_blocks, eager
 from atelier_server.diffusion.conditioning import Conditioning, Framing
 from atelier_server.diffusion.controlnet import ControlNets
 from atelier_server.diffusion.denoiser import Denoiser, Picture
@@ -53,6 +55,11 @@ class TorchRunner:
         self.bank = SlotBank(slots=settings.slots, max_rank=settings.max_lora_rank)
         for component in ("unet", *self.base.family.text_encoders):
             self.bank.wrap(self.base.modules[component], component)
+        # As they were written, where the U-Net runs compiled.
+        self._eagerly: Callable[[], AbstractContextManager[object]] = nullcontext
+        if settings.compile:
+            compile_blocks(self.base.unet)
+            self._eagerly = eager
         self.denoiser = Denoiser(self.base.unet, self.base.scheduler_config)
         self._probe = Probe(self.base, self.denoiser, self.bank)
         self._controlnets = ControlNets(dict(settings.controlnets), self.base)
@@ -189,7 +196,7 @@ class TorchRunner:
     # ------------------------------------------------------------------------------------------ trainings
     def open_training(self, job: TrainingJob) -> TrainerRun:
         trainer = LoraTrainer(job, base=self.base, denoiser=self.denoiser, bank=self.bank, store=self.store)
-        run = TrainerRun(trainer)
+        run = TrainerRun(trainer, self._eagerly)
         # Those that have ended are gone as soon as the desk forgets them.
         self._trainings = (*(ref for ref in self._trainings if ref() is not None), weakref.ref(run))
         return run
@@ -214,7 +221,10 @@ class TorchRunner:
             with torch.no_grad():
                 self.denoiser.predict(latents, timesteps, prompts).sum().item()  # waits for the device
 
-        forward_bytes = peak_bytes(forward)
+        with self._eagerly():
+            forward_bytes = peak_bytes(forward)
+        if self._eagerly is eager:
+            self._compile_ahead(forward)
         before = monotonic()
         forward()
         seconds = monotonic() - before
@@ -226,6 +236,14 @@ class TorchRunner:
             free_bytes=int(_MEMORY_SHARE * device.free_bytes(base.device)),
         )
         return self._costs
+
+    def _compile_ahead(self, forward: Callable[[], None]) -> None:
+        """The graphs without an adapter and with one on the attention, before anybody waits for them."""
+        forward()
+        self.bank.load(1, blank(self.bank.shapes))
+        with self.bank.use(self.gather([[(1, 1.0)]] * 2)):
+            forward()
+        self.bank.clear(1)
 
     def row_limit(self, width: int, height: int) -> int:
         """How many rows of that size fit the memory of now."""
@@ -254,8 +272,11 @@ class TorchRunner:
 class TrainerRun:
     """A trainer as the loop drives it."""
 
-    def __init__(self, trainer: LoraTrainer) -> None:
+    def __init__(
+        self, trainer: LoraTrainer, context: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> None:
         self._trainer = trainer
+        self._context = context  # of a step, forward and backward
         # Counted here and told by the heartbeat's thread: optimizers allocate at the first step.
         self.state_bytes = 0
         self._has_stepped = False
@@ -274,7 +295,8 @@ class TrainerRun:
         self.state_bytes = self._trainer.state_bytes()
 
     def train_step(self) -> StepReport:
-        report = self._trainer.train_step()
+        with self._context():
+            report = self._trainer.train_step()
         if not self._has_stepped:
             self._has_stepped = True
             self.state_bytes = self._trainer.state_bytes()
