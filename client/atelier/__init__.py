@@ -54,6 +54,7 @@ from atelier.events import (
 )
 from atelier.records import (
     Adapter,
+    AdapterDiff,
     AdapterReport,
     AdapterSlots,
     BaseModel,
@@ -61,9 +62,11 @@ from atelier.records import (
     ControlNet,
     Device,
     ExportedAdapter,
+    ExtractedAdapter,
     ImportedAdapter,
     Limits,
     LoadedAdapter,
+    MergedAdapter,
     Quotas,
     ServerInfo,
     Training,
@@ -73,6 +76,7 @@ from atelier.records import (
 __all__ = [
     "AbortedError",
     "Adapter",
+    "AdapterDiff",
     "AdapterReport",
     "AdapterSlots",
     "AlreadyExistsError",
@@ -90,6 +94,7 @@ __all__ = [
     "DeadlineExceededError",
     "Device",
     "ExportedAdapter",
+    "ExtractedAdapter",
     "FailedPreconditionError",
     "GenerationEvent",
     "GenerationResult",
@@ -99,6 +104,7 @@ __all__ = [
     "InvalidArgumentError",
     "Limits",
     "LoadedAdapter",
+    "MergedAdapter",
     "NotFoundError",
     "PermissionDeniedError",
     "Preview",

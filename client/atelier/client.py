@@ -11,6 +11,7 @@ from typing import Any, Self, TypeVar, Unpack
 import grpc
 
 from atelier import channel, codec, streams
+from atelier.craft import CraftCalls
 from atelier.errors import from_rpc
 from atelier.events import Completed, GenerationEvent, GenerationResult, TrainingEvent
 from atelier.fields import GenerateFields, RecipeFields
@@ -33,7 +34,7 @@ Response = TypeVar("Response")
 Event = TypeVar("Event")
 
 
-class Client(AdapterCalls):
+class Client(AdapterCalls, CraftCalls):
     """A connection to one server; safe to use from several threads; a context manager.
 
     `address` is HOST:PORT (default: ATELIER_SERVER, else 127.0.0.1:50051). `timeout` bounds every short

@@ -278,3 +278,57 @@ class ServerInfo:
     tenant: str = ""
     quotas: Quotas = Quotas()
     controlnets: tuple[ControlNet, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MergedAdapter:
+    """`kept`: the share of the change's squared norm that the result keeps; 1 without a rank."""
+
+    adapter: Adapter
+    kept: float
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractedAdapter:
+    """`kept`: the share of the difference's squared norm that the rank could hold."""
+
+    adapter: Adapter
+    kept: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleDiff:
+    """A module that two adapters change in different forms; rank 0 is a full difference."""
+
+    name: str
+    kind_a: str
+    rank_a: int
+    alpha_a: float
+    kind_b: str
+    rank_b: int
+    alpha_b: float
+
+
+@dataclass(frozen=True, slots=True)
+class BlockDiff:
+    """Norms of both changes and of their difference; `cosine` is None where one of the norms is 0."""
+
+    block: str
+    norm_a: float
+    norm_b: float
+    norm_difference: float
+    cosine: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterDiff:
+    """Two checkpoints side by side. `only_a`, `only_b`: modules that the other does not change."""
+
+    a: str
+    b: str
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+    common: int
+    differing: tuple[ModuleDiff, ...]
+    blocks: tuple[BlockDiff, ...]
+    whole: BlockDiff

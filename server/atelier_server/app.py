@@ -19,6 +19,7 @@ from atelier_server.data_directory import DataDirectory
 from atelier_server.errors import StartError, StoreUnavailable
 from atelier_server.jobs.book import Book
 from atelier_server.jobs.calls import Calls
+from atelier_server.jobs.craft import Craft
 from atelier_server.jobs.dispatch import CannotStart, Dispatcher, WorkerStatus
 from atelier_server.jobs.generations import Generations
 from atelier_server.jobs.last_used import LastUsed
@@ -108,6 +109,7 @@ class Application:
             generations=self.generations,
             trainings=self.trainings,
             wardrobe=wardrobe,
+            craft=Craft(wardrobe, calls),
             status=self.status,
             settings=settings,
             metrics=self.metrics,

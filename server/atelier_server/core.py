@@ -128,42 +128,6 @@ class AdapterUse:
         return self.weights[min(step, len(self.weights) - 1)] if self.weights else self.weight
 
 
-@dataclass(frozen=True, slots=True)
-class ModuleComparison:
-    """A module that two adapters change in different forms. Kind "lora", "dora" or "full"; rank 0 is full."""
-
-    name: str
-    kind_a: str
-    rank_a: int
-    alpha_a: float
-    kind_b: str
-    rank_b: int
-    alpha_b: float
-
-
-@dataclass(frozen=True, slots=True)
-class BlockComparison:
-    """Frobenius norms of two changes and of their difference. `cosine` is None where one of them is zero."""
-
-    block: str
-    norm_a: float
-    norm_b: float
-    norm_difference: float
-    cosine: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterComparison:
-    """Two adapters side by side. `only_a`, `only_b`: modules that the other does not change."""
-
-    only_a: tuple[str, ...]
-    only_b: tuple[str, ...]
-    common: int
-    differing: tuple[ModuleComparison, ...]
-    blocks: tuple[BlockComparison, ...]
-    whole: BlockComparison
-
-
 # ------------------------------------------------------------------------------------------------- jobs
 TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
 SIGMA_KINDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")

@@ -10,7 +10,7 @@ from typing import Literal
 
 from atelier_server.core import AdapterUse, BaseInfo, CheckpointId, Costs, GenerationJob, State, TrainingJob
 from atelier_server.origin import NOWHERE, Origin
-from atelier_server.report import AdapterReport, ImportTerms
+from atelier_server.report import AdapterComparison, AdapterReport, ImportTerms, PublishAs
 
 
 # --------------------------------------------------------------------------------------------- commands
@@ -95,11 +95,66 @@ class ExportAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class MergeAdapters:
+    """Publishes the weighted sum of `uses` as step 0 of a new version; of at most `rank` if given.
+
+    Answered by `AdapterMade` or `CallFailed`.
+    """
+
+    call_id: str
+    uses: tuple[AdapterUse, ...]
+    rank: int | None
+    target: PublishAs
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractAdapter:
+    """Publishes the difference of two bases, to a rank; references as `serve --model` takes them.
+
+    `base` "" is the resident base. Answered by `CallProgress`, then `AdapterMade` or `CallFailed`.
+    """
+
+    call_id: str
+    tuned: str
+    base: str
+    rank: int
+    target: PublishAs
+
+
+@dataclass(frozen=True, slots=True)
+class DiffAdapters:
+    """Answered by `AdaptersDiffed` or `CallFailed`."""
+
+    call_id: str
+    a: AdapterUse
+    b: AdapterUse
+
+
+@dataclass(frozen=True, slots=True)
+class AbandonCall:
+    """Nobody waits for this call's answer any more: long ones end."""
+
+    call_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Drain:
     """Finish running generations, checkpoint trainings, then exit."""
 
 
-Command = Submit | Cancel | LoadAdapter | UnloadAdapter | ImportAdapter | ExportAdapter | Drain
+Command = (
+    Submit
+    | Cancel
+    | LoadAdapter
+    | UnloadAdapter
+    | ImportAdapter
+    | ExportAdapter
+    | MergeAdapters
+    | ExtractAdapter
+    | DiffAdapters
+    | AbandonCall
+    | Drain
+)
 
 
 # ----------------------------------------------------------------------------------------------- events
@@ -270,6 +325,30 @@ class AdapterExported:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterMade:
+    """`kept`: the share of the change's squared norm that the rank could hold."""
+
+    call_id: str
+    checkpoint: CheckpointId
+    kept: float
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptersDiffed:
+    call_id: str
+    comparison: AdapterComparison
+
+
+@dataclass(frozen=True, slots=True)
+class CallProgress:
+    """How far a long call has come."""
+
+    call_id: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
 class CallFailed:
     """A call (not a job) could not be done. `reason` is a key of `errors.by_reason`."""
 
@@ -347,6 +426,9 @@ Event = (
     | AdaptersUnloaded
     | AdapterImported
     | AdapterExported
+    | AdapterMade
+    | AdaptersDiffed
+    | CallProgress
     | CallFailed
     | Heartbeat
     | Sample

@@ -1,4 +1,4 @@
-"""An import's terms and its report: nouns like those of `core`, frozen, free of torch, protobuf and gRPC."""
+"""Imports' terms and reports, comparisons of adapters: nouns as in `core`, free of torch, protobuf, gRPC."""
 
 from __future__ import annotations
 
@@ -18,6 +18,15 @@ class ImportTerms:
     placeholder: str = ""
     allow_partial: bool = False
     min_coverage: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class PublishAs:
+    """What an adapter that is made here becomes: a first or next version, with the words that call it up."""
+
+    name: str
+    new_version: bool
+    trigger: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,3 +91,39 @@ class AdapterReport:
             for token in value["tokens"]
         )
         return cls(**{**value, **pairs, **texts, "unmatched": unmatched, "tokens": tokens})
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleComparison:
+    """A module that two adapters change in different forms. Kind "lora", "dora" or "full"; rank 0 is full."""
+
+    name: str
+    kind_a: str
+    rank_a: int
+    alpha_a: float
+    kind_b: str
+    rank_b: int
+    alpha_b: float
+
+
+@dataclass(frozen=True, slots=True)
+class BlockComparison:
+    """Frobenius norms of two changes and of their difference. `cosine` is None where one of them is zero."""
+
+    block: str
+    norm_a: float
+    norm_b: float
+    norm_difference: float
+    cosine: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterComparison:
+    """Two adapters side by side. `only_a`, `only_b`: modules that the other does not change."""
+
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+    common: int
+    differing: tuple[ModuleComparison, ...]
+    blocks: tuple[BlockComparison, ...]
+    whole: BlockComparison

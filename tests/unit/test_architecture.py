@@ -60,6 +60,7 @@ ROOMS: dict[str, set[str]] = {
 # The worker's entry is where the desk, the wardrobe, the maths and the teacher are wired.
 ENTRY = {
     "workers.adapters",
+    "workers.craft",
     "workers.darkroom",
     "workers.device",
     "workers.probe",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from atelier.cli import app
 from atelier.cli.adapters import adapters
+from atelier.cli.craft import diff, extract, merge
 from atelier.cli.demo import demo
 from atelier.cli.generate import generate
 from atelier.cli.info import info
@@ -22,6 +23,8 @@ for command in (demo, train, generate, info):
     cli.command()(command)
 for label in (tag, untag, note, undelete):
     adapters.command()(label)
+for making in (merge, extract, diff):
+    adapters.command()(making)
 cli.add_typer(adapters, name="adapters")
 cli.add_typer(trainings, name="trainings")
 cli.add_typer(token, name="token")

@@ -1182,3 +1182,326 @@ class AnnotateAdapterResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AnnotateAdapterResponse: _TypeAlias = AnnotateAdapterResponse  # noqa: Y015
+
+@_typing.final
+class MergeAdaptersRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    NEW_VERSION_FIELD_NUMBER: _builtins.int
+    TRIGGER_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Of the new adapter."""
+    rank: _builtins.int
+    """The largest rank of the result, at most the server's `max_lora_rank`."""
+    new_version: _builtins.bool
+    """Publish as the next version where the name exists already."""
+    trigger: _builtins.str
+    """Words that call the subject up; those of the adapters by default."""
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """NAME[@STEP|@TAG][:WEIGHT], at least one. The same checkpoint twice adds up. Learned tokens have no weight."""
+
+    def __init__(
+        self,
+        *,
+        adapters: _abc.Iterable[_builtins.str] | None = ...,
+        name: _builtins.str = ...,
+        rank: _builtins.int | None = ...,
+        new_version: _builtins.bool = ...,
+        trigger: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_rank", b"_rank", "rank", b"rank"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rank", b"_rank", "adapters", b"adapters", "name", b"name", "new_version", b"new_version", "rank", b"rank", "trigger", b"trigger"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__rank: _TypeAlias = _typing.Literal["rank"]  # noqa: Y015
+    _WhichOneofArgType__rank: _TypeAlias = _typing.Literal["_rank", b"_rank"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rank) -> _WhichOneofReturnType__rank | None: ...
+
+Global___MergeAdaptersRequest: _TypeAlias = MergeAdaptersRequest  # noqa: Y015
+
+@_typing.final
+class MergeAdaptersResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
+    kept: _builtins.float
+    """The share of the change's squared norm, over all layers, that the result keeps: 1 without `rank`."""
+    @_builtins.property
+    def adapter(self) -> Global___Adapter: ...
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+        kept: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "kept", b"kept"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MergeAdaptersResponse: _TypeAlias = MergeAdaptersResponse  # noqa: Y015
+
+@_typing.final
+class ExtractAdapterRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TUNED_FIELD_NUMBER: _builtins.int
+    BASE_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    NEW_VERSION_FIELD_NUMBER: _builtins.int
+    TRIGGER_FIELD_NUMBER: _builtins.int
+    tuned: _builtins.str
+    """The tuned model: a hub id, or a diffusers folder or .safetensors checkpoint on the server, where the
+    server has one tenant only.
+    """
+    base: _builtins.str
+    """The model that it was tuned from; the resident base by default."""
+    name: _builtins.str
+    """Of the new adapter."""
+    rank: _builtins.int
+    """At most the server's `max_lora_rank`."""
+    new_version: _builtins.bool
+    """Publish as the next version where the name exists already."""
+    trigger: _builtins.str
+    """Words that call the subject up."""
+    def __init__(
+        self,
+        *,
+        tuned: _builtins.str = ...,
+        base: _builtins.str = ...,
+        name: _builtins.str = ...,
+        rank: _builtins.int = ...,
+        new_version: _builtins.bool = ...,
+        trigger: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "name", b"name", "new_version", b"new_version", "rank", b"rank", "trigger", b"trigger", "tuned", b"tuned"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExtractAdapterRequest: _TypeAlias = ExtractAdapterRequest  # noqa: Y015
+
+@_typing.final
+class ExtractAdapterResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Progress(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        LAYER_FIELD_NUMBER: _builtins.int
+        TOTAL_FIELD_NUMBER: _builtins.int
+        layer: _builtins.int
+        total: _builtins.int
+        def __init__(
+            self,
+            *,
+            layer: _builtins.int = ...,
+            total: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "total", b"total"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Completed(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        ADAPTER_FIELD_NUMBER: _builtins.int
+        KEPT_FIELD_NUMBER: _builtins.int
+        kept: _builtins.float
+        """The share of the difference's squared norm, over all layers, that the rank could hold. Biases and
+        norms, which have no rank, are left out.
+        """
+        @_builtins.property
+        def adapter(self) -> Global___Adapter: ...
+        def __init__(
+            self,
+            *,
+            adapter: Global___Adapter | None = ...,
+            kept: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "kept", b"kept"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    COMPLETED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> Global___ExtractAdapterResponse.Progress: ...
+    @_builtins.property
+    def completed(self) -> Global___ExtractAdapterResponse.Completed: ...
+    def __init__(
+        self,
+        *,
+        progress: Global___ExtractAdapterResponse.Progress | None = ...,
+        completed: Global___ExtractAdapterResponse.Completed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["completed", b"completed", "payload", b"payload", "progress", b"progress"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["completed", b"completed", "payload", b"payload", "progress", b"progress"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["progress", "completed"]  # noqa: Y015
+    _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
+
+Global___ExtractAdapterResponse: _TypeAlias = ExtractAdapterResponse  # noqa: Y015
+
+@_typing.final
+class DiffAdaptersRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    A_FIELD_NUMBER: _builtins.int
+    B_FIELD_NUMBER: _builtins.int
+    a: _builtins.str
+    """NAME[@STEP|@TAG]"""
+    b: _builtins.str
+    """NAME[@STEP|@TAG]"""
+    def __init__(
+        self,
+        *,
+        a: _builtins.str = ...,
+        b: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["a", b"a", "b", b"b"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DiffAdaptersRequest: _TypeAlias = DiffAdaptersRequest  # noqa: Y015
+
+@_typing.final
+class DiffAdaptersResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Module(_message.Message):
+        """A module that both change, in different forms."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: _builtins.int
+        KIND_A_FIELD_NUMBER: _builtins.int
+        RANK_A_FIELD_NUMBER: _builtins.int
+        ALPHA_A_FIELD_NUMBER: _builtins.int
+        KIND_B_FIELD_NUMBER: _builtins.int
+        RANK_B_FIELD_NUMBER: _builtins.int
+        ALPHA_B_FIELD_NUMBER: _builtins.int
+        name: _builtins.str
+        kind_a: _builtins.str
+        """"lora", "dora" or "full" """
+        rank_a: _builtins.int
+        """0 for a full difference."""
+        alpha_a: _builtins.float
+        kind_b: _builtins.str
+        rank_b: _builtins.int
+        alpha_b: _builtins.float
+        def __init__(
+            self,
+            *,
+            name: _builtins.str = ...,
+            kind_a: _builtins.str = ...,
+            rank_a: _builtins.int = ...,
+            alpha_a: _builtins.float = ...,
+            kind_b: _builtins.str = ...,
+            rank_b: _builtins.int = ...,
+            alpha_b: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha_a", b"alpha_a", "alpha_b", b"alpha_b", "kind_a", b"kind_a", "kind_b", b"kind_b", "name", b"name", "rank_a", b"rank_a", "rank_b", b"rank_b"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Block(_message.Message):
+        """Frobenius norms of both changes and of their difference."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        BLOCK_FIELD_NUMBER: _builtins.int
+        NORM_A_FIELD_NUMBER: _builtins.int
+        NORM_B_FIELD_NUMBER: _builtins.int
+        NORM_DIFFERENCE_FIELD_NUMBER: _builtins.int
+        COSINE_FIELD_NUMBER: _builtins.int
+        block: _builtins.str
+        """E.g. unet.down_blocks.1, text_encoder; empty for all together."""
+        norm_a: _builtins.float
+        norm_b: _builtins.float
+        norm_difference: _builtins.float
+        cosine: _builtins.float
+        """-1 to 1: how alike the directions are; absent where one of the norms is 0."""
+        def __init__(
+            self,
+            *,
+            block: _builtins.str = ...,
+            norm_a: _builtins.float = ...,
+            norm_b: _builtins.float = ...,
+            norm_difference: _builtins.float = ...,
+            cosine: _builtins.float | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_cosine", b"_cosine", "cosine", b"cosine"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_cosine", b"_cosine", "block", b"block", "cosine", b"cosine", "norm_a", b"norm_a", "norm_b", b"norm_b", "norm_difference", b"norm_difference"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType__cosine: _TypeAlias = _typing.Literal["cosine"]  # noqa: Y015
+        _WhichOneofArgType__cosine: _TypeAlias = _typing.Literal["_cosine", b"_cosine"]  # noqa: Y015
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__cosine) -> _WhichOneofReturnType__cosine | None: ...
+
+    A_FIELD_NUMBER: _builtins.int
+    B_FIELD_NUMBER: _builtins.int
+    ONLY_A_FIELD_NUMBER: _builtins.int
+    ONLY_B_FIELD_NUMBER: _builtins.int
+    COMMON_FIELD_NUMBER: _builtins.int
+    DIFFERING_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    WHOLE_FIELD_NUMBER: _builtins.int
+    a: _builtins.str
+    """The checkpoints in full, e.g. otto@750."""
+    b: _builtins.str
+    common: _builtins.int
+    """How many modules both change."""
+    @_builtins.property
+    def only_a(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Modules that only one of them changes."""
+
+    @_builtins.property
+    def only_b(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def differing(self) -> _containers.RepeatedCompositeFieldContainer[Global___DiffAdaptersResponse.Module]: ...
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___DiffAdaptersResponse.Block]: ...
+    @_builtins.property
+    def whole(self) -> Global___DiffAdaptersResponse.Block: ...
+    def __init__(
+        self,
+        *,
+        a: _builtins.str = ...,
+        b: _builtins.str = ...,
+        only_a: _abc.Iterable[_builtins.str] | None = ...,
+        only_b: _abc.Iterable[_builtins.str] | None = ...,
+        common: _builtins.int = ...,
+        differing: _abc.Iterable[Global___DiffAdaptersResponse.Module] | None = ...,
+        blocks: _abc.Iterable[Global___DiffAdaptersResponse.Block] | None = ...,
+        whole: Global___DiffAdaptersResponse.Block | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["whole", b"whole"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["a", b"a", "b", b"b", "blocks", b"blocks", "common", b"common", "differing", b"differing", "only_a", b"only_a", "only_b", b"only_b", "whole", b"whole"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DiffAdaptersResponse: _TypeAlias = DiffAdaptersResponse  # noqa: Y015

@@ -91,6 +91,21 @@ class AdapterServiceStub:
                 request_serializer=atelier_dot_v1_dot_adapter__pb2.AnnotateAdapterRequest.SerializeToString,
                 response_deserializer=atelier_dot_v1_dot_adapter__pb2.AnnotateAdapterResponse.FromString,
                 _registered_method=True)
+        self.MergeAdapters = channel.unary_unary(
+                '/atelier.v1.AdapterService/MergeAdapters',
+                request_serializer=atelier_dot_v1_dot_adapter__pb2.MergeAdaptersRequest.SerializeToString,
+                response_deserializer=atelier_dot_v1_dot_adapter__pb2.MergeAdaptersResponse.FromString,
+                _registered_method=True)
+        self.ExtractAdapter = channel.unary_stream(
+                '/atelier.v1.AdapterService/ExtractAdapter',
+                request_serializer=atelier_dot_v1_dot_adapter__pb2.ExtractAdapterRequest.SerializeToString,
+                response_deserializer=atelier_dot_v1_dot_adapter__pb2.ExtractAdapterResponse.FromString,
+                _registered_method=True)
+        self.DiffAdapters = channel.unary_unary(
+                '/atelier.v1.AdapterService/DiffAdapters',
+                request_serializer=atelier_dot_v1_dot_adapter__pb2.DiffAdaptersRequest.SerializeToString,
+                response_deserializer=atelier_dot_v1_dot_adapter__pb2.DiffAdaptersResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterServiceServicer:
@@ -200,6 +215,36 @@ class AdapterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MergeAdapters(self, request, context):
+        """Publishes the weighted sum of several adapters as one. Without `rank` exactly: ranks add up, differences
+        are added; with it the nearest change of that rank, by singular value decomposition.
+        NOT_FOUND: no such adapter. ALREADY_EXISTS: the name is taken and `new_version` is not set.
+        INVALID_ARGUMENT INVALID_REQUEST: a sum that has no exact form or exceeds the server's rank, and no
+        `rank`. ADAPTER_MISMATCH: adapters of different families, or that do not fit the base model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExtractAdapter(self, request, context):
+        """Publishes the difference of two base models as an adapter of a given rank, layer by layer. Order:
+        `progress` for every layer, then one `completed`; the stream ends with OK after it. Ends when the client
+        goes away.
+        INVALID_ARGUMENT INVALID_REQUEST: a model that cannot be read, or nothing that differs. ADAPTER_MISMATCH:
+        models of different families. ALREADY_EXISTS: the name is taken and `new_version` is not set.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DiffAdapters(self, request, context):
+        """Compares two checkpoints: what they change, by how much, and how alike the changes are.
+        NOT_FOUND: no such adapter. INVALID_ARGUMENT ADAPTER_MISMATCH: one does not fit the base model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdapterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -257,6 +302,21 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.AnnotateAdapter,
                     request_deserializer=atelier_dot_v1_dot_adapter__pb2.AnnotateAdapterRequest.FromString,
                     response_serializer=atelier_dot_v1_dot_adapter__pb2.AnnotateAdapterResponse.SerializeToString,
+            ),
+            'MergeAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.MergeAdapters,
+                    request_deserializer=atelier_dot_v1_dot_adapter__pb2.MergeAdaptersRequest.FromString,
+                    response_serializer=atelier_dot_v1_dot_adapter__pb2.MergeAdaptersResponse.SerializeToString,
+            ),
+            'ExtractAdapter': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExtractAdapter,
+                    request_deserializer=atelier_dot_v1_dot_adapter__pb2.ExtractAdapterRequest.FromString,
+                    response_serializer=atelier_dot_v1_dot_adapter__pb2.ExtractAdapterResponse.SerializeToString,
+            ),
+            'DiffAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.DiffAdapters,
+                    request_deserializer=atelier_dot_v1_dot_adapter__pb2.DiffAdaptersRequest.FromString,
+                    response_serializer=atelier_dot_v1_dot_adapter__pb2.DiffAdaptersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -558,6 +618,87 @@ class AdapterService:
             '/atelier.v1.AdapterService/AnnotateAdapter',
             atelier_dot_v1_dot_adapter__pb2.AnnotateAdapterRequest.SerializeToString,
             atelier_dot_v1_dot_adapter__pb2.AnnotateAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MergeAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.v1.AdapterService/MergeAdapters',
+            atelier_dot_v1_dot_adapter__pb2.MergeAdaptersRequest.SerializeToString,
+            atelier_dot_v1_dot_adapter__pb2.MergeAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExtractAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/atelier.v1.AdapterService/ExtractAdapter',
+            atelier_dot_v1_dot_adapter__pb2.ExtractAdapterRequest.SerializeToString,
+            atelier_dot_v1_dot_adapter__pb2.ExtractAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DiffAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.v1.AdapterService/DiffAdapters',
+            atelier_dot_v1_dot_adapter__pb2.DiffAdaptersRequest.SerializeToString,
+            atelier_dot_v1_dot_adapter__pb2.DiffAdaptersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -93,6 +93,24 @@ class AdapterServiceStub:
     """Writes a note on a version, in place of the one before; an empty one removes it.
     NOT_FOUND: no such adapter. INVALID_ARGUMENT: the note is too long.
     """
+    MergeAdapters: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.MergeAdaptersRequest, _adapter_pb2.MergeAdaptersResponse]
+    """Publishes the weighted sum of several adapters as one. Without `rank` exactly: ranks add up, differences
+    are added; with it the nearest change of that rank, by singular value decomposition.
+    NOT_FOUND: no such adapter. ALREADY_EXISTS: the name is taken and `new_version` is not set.
+    INVALID_ARGUMENT INVALID_REQUEST: a sum that has no exact form or exceeds the server's rank, and no
+    `rank`. ADAPTER_MISMATCH: adapters of different families, or that do not fit the base model.
+    """
+    ExtractAdapter: _grpc.UnaryStreamMultiCallable[_adapter_pb2.ExtractAdapterRequest, _adapter_pb2.ExtractAdapterResponse]
+    """Publishes the difference of two base models as an adapter of a given rank, layer by layer. Order:
+    `progress` for every layer, then one `completed`; the stream ends with OK after it. Ends when the client
+    goes away.
+    INVALID_ARGUMENT INVALID_REQUEST: a model that cannot be read, or nothing that differs. ADAPTER_MISMATCH:
+    models of different families. ALREADY_EXISTS: the name is taken and `new_version` is not set.
+    """
+    DiffAdapters: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.DiffAdaptersRequest, _adapter_pb2.DiffAdaptersResponse]
+    """Compares two checkpoints: what they change, by how much, and how alike the changes are.
+    NOT_FOUND: no such adapter. INVALID_ARGUMENT ADAPTER_MISMATCH: one does not fit the base model.
+    """
 
 @_typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
@@ -158,6 +176,24 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     AnnotateAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.AnnotateAdapterRequest, _adapter_pb2.AnnotateAdapterResponse]  # type: ignore[assignment]
     """Writes a note on a version, in place of the one before; an empty one removes it.
     NOT_FOUND: no such adapter. INVALID_ARGUMENT: the note is too long.
+    """
+    MergeAdapters: _aio.UnaryUnaryMultiCallable[_adapter_pb2.MergeAdaptersRequest, _adapter_pb2.MergeAdaptersResponse]  # type: ignore[assignment]
+    """Publishes the weighted sum of several adapters as one. Without `rank` exactly: ranks add up, differences
+    are added; with it the nearest change of that rank, by singular value decomposition.
+    NOT_FOUND: no such adapter. ALREADY_EXISTS: the name is taken and `new_version` is not set.
+    INVALID_ARGUMENT INVALID_REQUEST: a sum that has no exact form or exceeds the server's rank, and no
+    `rank`. ADAPTER_MISMATCH: adapters of different families, or that do not fit the base model.
+    """
+    ExtractAdapter: _aio.UnaryStreamMultiCallable[_adapter_pb2.ExtractAdapterRequest, _adapter_pb2.ExtractAdapterResponse]  # type: ignore[assignment]
+    """Publishes the difference of two base models as an adapter of a given rank, layer by layer. Order:
+    `progress` for every layer, then one `completed`; the stream ends with OK after it. Ends when the client
+    goes away.
+    INVALID_ARGUMENT INVALID_REQUEST: a model that cannot be read, or nothing that differs. ADAPTER_MISMATCH:
+    models of different families. ALREADY_EXISTS: the name is taken and `new_version` is not set.
+    """
+    DiffAdapters: _aio.UnaryUnaryMultiCallable[_adapter_pb2.DiffAdaptersRequest, _adapter_pb2.DiffAdaptersResponse]  # type: ignore[assignment]
+    """Compares two checkpoints: what they change, by how much, and how alike the changes are.
+    NOT_FOUND: no such adapter. INVALID_ARGUMENT ADAPTER_MISMATCH: one does not fit the base model.
     """
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -287,6 +323,42 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_adapter_pb2.AnnotateAdapterResponse, _abc.Awaitable[_adapter_pb2.AnnotateAdapterResponse]]:
         """Writes a note on a version, in place of the one before; an empty one removes it.
         NOT_FOUND: no such adapter. INVALID_ARGUMENT: the note is too long.
+        """
+
+    @_abc_1.abstractmethod
+    def MergeAdapters(
+        self,
+        request: _adapter_pb2.MergeAdaptersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.MergeAdaptersResponse, _abc.Awaitable[_adapter_pb2.MergeAdaptersResponse]]:
+        """Publishes the weighted sum of several adapters as one. Without `rank` exactly: ranks add up, differences
+        are added; with it the nearest change of that rank, by singular value decomposition.
+        NOT_FOUND: no such adapter. ALREADY_EXISTS: the name is taken and `new_version` is not set.
+        INVALID_ARGUMENT INVALID_REQUEST: a sum that has no exact form or exceeds the server's rank, and no
+        `rank`. ADAPTER_MISMATCH: adapters of different families, or that do not fit the base model.
+        """
+
+    @_abc_1.abstractmethod
+    def ExtractAdapter(
+        self,
+        request: _adapter_pb2.ExtractAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_adapter_pb2.ExtractAdapterResponse], _abc.AsyncIterator[_adapter_pb2.ExtractAdapterResponse]]:
+        """Publishes the difference of two base models as an adapter of a given rank, layer by layer. Order:
+        `progress` for every layer, then one `completed`; the stream ends with OK after it. Ends when the client
+        goes away.
+        INVALID_ARGUMENT INVALID_REQUEST: a model that cannot be read, or nothing that differs. ADAPTER_MISMATCH:
+        models of different families. ALREADY_EXISTS: the name is taken and `new_version` is not set.
+        """
+
+    @_abc_1.abstractmethod
+    def DiffAdapters(
+        self,
+        request: _adapter_pb2.DiffAdaptersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.DiffAdaptersResponse, _abc.Awaitable[_adapter_pb2.DiffAdaptersResponse]]:
+        """Compares two checkpoints: what they change, by how much, and how alike the changes are.
+        NOT_FOUND: no such adapter. INVALID_ARGUMENT ADAPTER_MISMATCH: one does not fit the base model.
         """
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -11,7 +11,7 @@ from torch import nn
 from atelier_server.adapters.algebra import changes_of, dot
 from atelier_server.adapters.canonical import CanonicalAdapter, LoraModule, Module
 from atelier_server.adapters.report import block_of
-from atelier_server.core import AdapterComparison, BlockComparison, ModuleComparison
+from atelier_server.report import AdapterComparison, BlockComparison, ModuleComparison
 
 
 def compare(

@@ -38,10 +38,10 @@ def load_pipeline(reference: str, dtype: torch.dtype) -> Loaded:
     path = pocket.path() if reference == "pocket" else Path(reference)
     if path.suffix == ".safetensors":
         return _load_file(path, dtype)
-    return _load_folder(path if path.is_dir() else _download(reference), dtype)
+    return _load_folder(path if path.is_dir() else downloaded(reference), dtype)
 
 
-def _download(reference: str) -> Path:
+def downloaded(reference: str) -> Path:
     """The local snapshot of a hub repository; what is not served is refused before its download."""
     if reference.startswith((".", "/", "~")):
         raise UnsupportedModel("there is no such folder or file")

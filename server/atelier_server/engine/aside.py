@@ -11,18 +11,24 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from atelier_server.engine.runner import Runner
-from atelier_server.errors import ServerDraining
+from atelier_server.errors import Cancelled, ServerDraining
 from atelier_server.messages import (
     AdapterExported,
     AdapterImported,
+    AdapterMade,
+    AdaptersDiffed,
     CallFailed,
+    CallProgress,
+    DiffAdapters,
     Event,
     ExportAdapter,
+    ExtractAdapter,
     ImportAdapter,
     JobFailed,
+    MergeAdapters,
 )
 
-AsideCommand = ImportAdapter | ExportAdapter
+AsideCommand = ImportAdapter | ExportAdapter | MergeAdapters | ExtractAdapter | DiffAdapters
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,11 +71,22 @@ class Aside:
         self._ask = ask
         self._failure = failure
         self._executor = executor or ThreadPoolExecutor(max_workers=1, thread_name_prefix="aside")
+        # Minutes of work: imports do not wait for it.
+        self._long = executor or ThreadPoolExecutor(max_workers=1, thread_name_prefix="extraction")
+        self._waited_for: set[str] = set()
         self._loop = threading.get_ident()
         self._ended = threading.Event()
 
     def submit(self, command: AsideCommand) -> None:
-        self._executor.submit(self._call, command)
+        if isinstance(command, ExtractAdapter):
+            self._waited_for.add(command.call_id)
+            self._long.submit(self._call, command)
+        else:
+            self._executor.submit(self._call, command)
+
+    def abandon(self, call_id: str) -> None:
+        """Nobody waits for this call any more."""
+        self._waited_for.discard(call_id)
 
     def end(self) -> None:
         """The loop takes no more work. What it has not taken yet, it has to `refuse`."""
@@ -92,6 +109,28 @@ class Aside:
             case ExportAdapter(call_id=call_id, use=use, layout=layout, path=path):
                 size, sha256 = self._runner.export_adapter(use, layout, path)
                 return AdapterExported(call_id, path, size, sha256)
+
+            case MergeAdapters(call_id=call_id):
+                made = self._runner.merge_adapters(command.uses, command.rank, command.target)
+                return AdapterMade(call_id, *made)
+            case ExtractAdapter():
+                return self._extract(command)
+            case DiffAdapters(call_id=call_id, a=a, b=b):
+                return AdaptersDiffed(call_id, self._runner.diff_adapters(a, b))
+
+    def _extract(self, command: ExtractAdapter) -> AdapterMade:
+        def progress(done: int, total: int) -> None:
+            if self._ended.is_set():
+                raise _ending()
+            if command.call_id not in self._waited_for:
+                raise Cancelled("nobody waits for this extraction any more")
+            self._send(CallProgress(command.call_id, done, total))
+
+        made = self._runner.extract_adapter(
+            command.tuned, command.base, command.rank, command.target, progress
+        )
+        self._waited_for.discard(command.call_id)
+        return AdapterMade(command.call_id, *made)
 
     def _on_device(self, measure: Callable[[], float | None]) -> float | None:
         if threading.get_ident() == self._loop:

@@ -20,19 +20,23 @@ from atelier_server.engine.scheduler import DenoiseBatch, ImageTask, Scheduler, 
 from atelier_server.engine.trainings import SampleDefaults, Trainings
 from atelier_server.errors import AtelierError, OutOfMemory
 from atelier_server.messages import (
+    AbandonCall,
     AdapterLoaded,
     AdaptersUnloaded,
     CallFailed,
     Cancel,
     Command,
+    DiffAdapters,
     Drain,
     Event,
     ExportAdapter,
+    ExtractAdapter,
     ImageReady,
     ImportAdapter,
     JobCancelled,
     JobFailed,
     LoadAdapter,
+    MergeAdapters,
     Sample,
     Span,
     Submit,
@@ -147,7 +151,9 @@ class Loop:
                 self._drain()
             case LoadAdapter() | UnloadAdapter():
                 self._call(message)
-            case ImportAdapter() | ExportAdapter():
+            case AbandonCall(call_id=call_id):
+                self._aside.abandon(call_id)
+            case ImportAdapter() | ExportAdapter() | MergeAdapters() | ExtractAdapter() | DiffAdapters():
                 self._aside.submit(message)
             case DeviceWork():
                 message.run()

@@ -9,7 +9,7 @@ from typing import Protocol
 from atelier_server.core import AdapterUse, CheckpointId, TrainingJob
 from atelier_server.engine.scheduler import ImageTask
 from atelier_server.errors import OutOfMemory
-from atelier_server.report import AdapterReport, ImportTerms
+from atelier_server.report import AdapterComparison, AdapterReport, ImportTerms, PublishAs
 
 OnDevice = Callable[[Callable[[], float | None]], float | None]
 
@@ -112,6 +112,19 @@ class Runner(Protocol):
 
     def export_adapter(self, use: AdapterUse, layout: str, path: str) -> tuple[int, str]:
         """Writes a checkpoint in a layout: size in bytes and sha256."""
+
+    def merge_adapters(
+        self, uses: Sequence[AdapterUse], rank: int | None, target: PublishAs
+    ) -> tuple[CheckpointId, float]:
+        """Publishes the weighted sum: the checkpoint, and the share of the change that is kept."""
+
+    def extract_adapter(
+        self, tuned: str, base: str, rank: int, target: PublishAs, progress: Callable[[int, int], None]
+    ) -> tuple[CheckpointId, float]:
+        """Publishes the difference of two bases; what `progress` raises ends the work."""
+
+    def diff_adapters(self, a: AdapterUse, b: AdapterUse) -> AdapterComparison:
+        """Two checkpoints side by side."""
 
     def out_of_memory(self, error: Exception) -> OutOfMemory | None:
         """What an out-of-memory tells users, cached memory given back before; None for other errors."""

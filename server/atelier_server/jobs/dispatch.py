@@ -17,8 +17,11 @@ from atelier_server.messages import (
     AdapterExported,
     AdapterImported,
     AdapterLoaded,
+    AdapterMade,
+    AdaptersDiffed,
     AdaptersUnloaded,
     CallFailed,
+    CallProgress,
     CheckpointPublished,
     Event,
     GenerationCompleted,
@@ -221,7 +224,9 @@ class Dispatcher:
                 self._runs.handle(event)
             case SampleReady() | TrainingWarning() | TrainingCompleted():
                 self._runs.handle(event)
-            case AdapterLoaded() | AdaptersUnloaded() | AdapterImported() | AdapterExported() | CallFailed():
+            case AdapterLoaded() | AdaptersUnloaded() | AdapterImported() | AdapterExported():
+                self._calls.handle(event)
+            case AdapterMade() | AdaptersDiffed() | CallProgress() | CallFailed():
                 self._calls.handle(event)
             case Heartbeat():
                 self._status.heartbeat = event

@@ -38,7 +38,7 @@ from atelier_server.messages import (
     UnloadAdapter,
 )
 from atelier_server.metrics import Metrics
-from atelier_server.report import AdapterReport, ImportTerms
+from atelier_server.report import AdapterReport, ImportTerms, PublishAs
 
 # Checkpoints that a message names, the newest.
 _NAMED = 4
@@ -255,15 +255,24 @@ class Wardrobe:
         self, path: Path, name: str, *, new_version: bool, terms: ImportTerms
     ) -> tuple[Listed, AdapterImported]:
         """Has the worker check an adapter's file or folder and publish it as a new version."""
-        await self.check_name(name, new_version=new_version)
+        target = await self.target(PublishAs(name, new_version, terms.trigger))
+        answer = await self._calls.call(
+            lambda call: ImportAdapter(call, str(path), name, target.new_version, terms), AdapterImported
+        )
+        return await self.published(answer.checkpoint), answer
+
+    async def target(self, target: PublishAs) -> PublishAs:
+        """What the store has to be asked for. Raises AdapterExists."""
+        await self.check_name(target.name, new_version=target.new_version)
         # A version without a checkpoint may be there: its training failed, and the name is free.
         versions = await asyncio.to_thread(self._store.versions)
-        follows = new_version or any(v.meta.name == name and not v.checkpoints for v in versions)
-        answer = await self._calls.call(
-            lambda call: ImportAdapter(call, str(path), name, follows, terms), AdapterImported
-        )
+        free = any(v.meta.name == target.name and not v.checkpoints for v in versions)
+        return replace(target, new_version=target.new_version or free)
+
+    async def published(self, checkpoint: CheckpointId) -> Listed:
+        """The version of a checkpoint that the worker has just published."""
         await self._count()
-        return await self.show(AdapterRef(name, f"v{answer.checkpoint.version}")), answer
+        return await self.show(AdapterRef(checkpoint.name, f"v{checkpoint.version}"))
 
     @asynccontextmanager
     async def exported(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
 from atelier.v1 import adapter_pb2 as pb
@@ -13,6 +13,7 @@ from atelier.v1 import adapter_pb2_grpc
 from atelier_server.config import Limits
 from atelier_server.core import AdapterRef
 from atelier_server.errors import InvalidRequest, Violation
+from atelier_server.jobs.craft import Craft
 from atelier_server.jobs.hub import fetch
 from atelier_server.jobs.wardrobe import Wardrobe
 from atelier_server.rpc import caller
@@ -22,6 +23,13 @@ from atelier_server.rpc.codec.adapter import (
     decode_import,
     decode_reference,
     encode_report,
+)
+from atelier_server.rpc.codec.craft import (
+    decode_diff,
+    decode_extract,
+    decode_merge,
+    encode_diff,
+    encode_extraction,
 )
 from atelier_server.rpc.codec.generated import CHUNK_BYTES
 from atelier_server.rpc.codec.listing import (
@@ -38,8 +46,9 @@ from atelier_server.rpc.receive import heard_out, receive_file
 
 
 class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
-    def __init__(self, wardrobe: Wardrobe, limits: Limits) -> None:
+    def __init__(self, wardrobe: Wardrobe, craft: Craft, limits: Limits) -> None:
         self._wardrobe = wardrobe
+        self._craft = craft
         self._limits = limits
 
     async def ListAdapters(
@@ -156,6 +165,28 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
             )
             async for chunk in _chunks(Path(answer.path)):
                 yield pb.ExportAdapterResponse(chunk=chunk)
+
+    async def MergeAdapters(
+        self, request: pb.MergeAdaptersRequest, context: Context
+    ) -> pb.MergeAdaptersResponse:
+        refs, target, rank = decode_merge(request, self._limits)
+        listed, kept = await self._craft.merge(caller.tenant(), refs, target, rank)
+        return pb.MergeAdaptersResponse(adapter=encode_listed(listed), kept=kept)
+
+    async def ExtractAdapter(
+        self, request: pb.ExtractAdapterRequest, context: Context
+    ) -> AsyncIterator[pb.ExtractAdapterResponse]:
+        tenant = caller.tenant()
+        target = decode_extract(request, self._limits, tenant)
+        extraction = self._craft.extract(tenant, request.tuned, request.base, target, request.rank)
+        async with aclosing(extraction):
+            async for told in extraction:
+                yield encode_extraction(told)
+
+    async def DiffAdapters(
+        self, request: pb.DiffAdaptersRequest, context: Context
+    ) -> pb.DiffAdaptersResponse:
+        return encode_diff(*await self._craft.diff(*decode_diff(request)))
 
 
 async def _chunks(path: Path) -> AsyncIterator[bytes]:

@@ -18,6 +18,7 @@ from atelier.v1 import (
 from atelier_server.access.identity import Identity
 from atelier_server.config import Limits, Settings
 from atelier_server.errors import StartError
+from atelier_server.jobs.craft import Craft
 from atelier_server.jobs.dispatch import WorkerStatus
 from atelier_server.jobs.generations import Generations
 from atelier_server.jobs.trainings import Trainings
@@ -69,6 +70,7 @@ def build_server(
     generations: Generations,
     trainings: Trainings,
     wardrobe: Wardrobe,
+    craft: Craft,
     status: WorkerStatus,
     settings: Settings,
     metrics: Metrics,
@@ -88,7 +90,7 @@ def build_server(
     training_pb2_grpc.add_TrainingServiceServicer_to_server(
         TrainingServicer(trainings, wardrobe.uploads, status, limits), server
     )
-    adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(wardrobe, limits), server)
+    adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(wardrobe, craft, limits), server)
     server_pb2_grpc.add_ServerServiceServicer_to_server(ServerServicer(status, limits), server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     if settings.reflection:

@@ -21,7 +21,7 @@ from atelier_server.adapters.stored import decode_stored, write_stored
 from atelier_server.core import AdapterUse, CheckpointId
 from atelier_server.diffusion.base import BaseModel
 from atelier_server.errors import DataLoss, UnsupportedFormat
-from atelier_server.report import AdapterReport, ImportTerms
+from atelier_server.report import AdapterReport, ImportTerms, PublishAs
 
 
 class AdapterFiles:
@@ -68,23 +68,31 @@ class AdapterFiles:
             difference_bytes=difference_bytes(adapter, self._base.dtype.itemsize),
         )
 
+        return self.publish(adapter, PublishAs(name, new_version, terms.trigger), report), report
+
+    def publish(
+        self, adapter: CanonicalAdapter, target: PublishAs, report: AdapterReport | None = None
+    ) -> CheckpointId:
+        """Step 0 of a new version, for this base. Raises AdapterExists, StorageFull."""
+
         def write(folder: Path) -> None:
             write_stored(adapter, folder / ADAPTER_FILE)
-            (folder / REPORT_FILE).write_text(json.dumps(asdict(report), ensure_ascii=False))
+            if report is not None:
+                (folder / REPORT_FILE).write_text(json.dumps(asdict(report), ensure_ascii=False))
 
         largest = adapter.largest
         record = self._store.publish_version(
             write,
-            name=name,
-            trigger=terms.trigger or ", ".join(adapter.triggers),
+            name=target.name,
+            trigger=target.trigger or ", ".join(adapter.triggers),
             base_model=self._base.reference,
             base_sha256=self._base.sha256,
             family=self._base.family.name,
-            new_version=new_version,
+            new_version=target.new_version,
             rank=largest.rank if largest else 0,
             lora_alpha=largest.alpha if largest else 0.0,
         )
-        return record.id, report
+        return record.id
 
     def export(self, use: AdapterUse, layout: str, path: Path) -> tuple[int, str]:
         """Writes a checkpoint in `layout`, with recipe and trigger words: its size in bytes and digest."""

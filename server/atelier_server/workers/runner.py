@@ -32,10 +32,11 @@ from atelier_server.engine.runner import Decoded, Memory, OnDevice, Published, S
 from atelier_server.engine.scheduler import ImageTask
 from atelier_server.errors import OutOfMemory
 from atelier_server.messages import WorkerSettings
-from atelier_server.report import AdapterReport, ImportTerms
+from atelier_server.report import AdapterComparison, AdapterReport, ImportTerms, PublishAs
 from atelier_server.training.trainer import LoraTrainer
 from atelier_server.workers import device
 from atelier_server.workers.adapters import AdapterFiles
+from atelier_server.workers.craft import Craft
 from atelier_server.workers.darkroom import Darkroom
 from atelier_server.workers.probe import Probe
 from atelier_server.workers.texts import Texts
@@ -71,6 +72,7 @@ class TorchRunner:
         self._texts = Texts(self.base, self.bank)
         self._init_images = InitImages(self.base)
         self._files = AdapterFiles(self.base, self.bank, self.store)
+        self._craft = Craft(self.base, self.bank, self._files)
         self.host = HostTier(self._files.read, settings.host_adapter_bytes)
         # Told by the heartbeat's thread, so counted here and not there.
         self._base_bytes = device.weight_bytes(self.base) + self._controlnets.size_bytes
@@ -192,6 +194,19 @@ class TorchRunner:
 
     def export_adapter(self, use: AdapterUse, layout: str, path: str) -> tuple[int, str]:
         return self._files.export(use, layout, Path(path))
+
+    def merge_adapters(
+        self, uses: Sequence[AdapterUse], rank: int | None, target: PublishAs
+    ) -> tuple[CheckpointId, float]:
+        return self._craft.merge(uses, rank, target)
+
+    def extract_adapter(
+        self, tuned: str, base: str, rank: int, target: PublishAs, progress: Callable[[int, int], None]
+    ) -> tuple[CheckpointId, float]:
+        return self._craft.extract(tuned, base, rank, target, progress)
+
+    def diff_adapters(self, a: AdapterUse, b: AdapterUse) -> AdapterComparison:
+        return self._craft.diff(a, b)
 
     # ------------------------------------------------------------------------------------------ trainings
     def open_training(self, job: TrainingJob) -> TrainerRun:

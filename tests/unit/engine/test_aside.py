@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 
 import pytest
 
+from atelier_server.core import CheckpointId
 from atelier_server.engine.aside import DeviceWork
 from atelier_server.engine.loop import Loop, Message
 from atelier_server.engine.trainings import SampleDefaults
 from atelier_server.errors import ServerDraining
 from atelier_server.messages import (
+    AbandonCall,
     AdapterImported,
     CallFailed,
+    CallProgress,
     Drain,
     Event,
+    ExtractAdapter,
     GenerationCompleted,
     ImportAdapter,
     Submit,
 )
-from atelier_server.report import ImportTerms
+from atelier_server.report import ImportTerms, PublishAs
 from tests.fakes import FakeRunner, generation
 
 
 class Desk:
     """A real loop on this thread, with a real thread aside."""
 
-    def __init__(self, aside: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, aside: ThreadPoolExecutor, runner: FakeRunner | None = None, heard: Callable[[], None] = int
+    ) -> None:
+        self.heard = heard
         self.events: list[Event] = []
         self.inbox: SimpleQueue[Message] = SimpleQueue()
         self.loop = Loop(
-            runner=FakeRunner(),
+            runner=runner or FakeRunner(),
             inbox=self.inbox,
             emit=self.emit,
             slots=4,
@@ -41,6 +50,8 @@ class Desk:
 
     def emit(self, event: Event) -> None:
         self.events.append(event)
+        if isinstance(event, CallProgress):
+            self.heard()
         if isinstance(event, AdapterImported):
             self.inbox.put(Drain())
 
@@ -86,3 +97,30 @@ def test_work_that_fails_tells_its_caller() -> None:
     work.run()
     with pytest.raises(ValueError, match="no"):
         work.done.result(0)
+
+
+class Extracting(FakeRunner):
+    """Extracts for as long as its progress is heard."""
+
+    def extract_adapter(
+        self, tuned: str, base: str, rank: int, target: PublishAs, progress: Callable[[int, int], None]
+    ) -> tuple[CheckpointId, float]:
+        for layer in range(10**9):
+            progress(layer, 10**9)
+        raise AssertionError("nobody ended it")
+
+
+@pytest.mark.parametrize("end", [AbandonCall("1"), Drain()])
+def test_an_extraction_ends_with_its_caller_or_with_the_worker(end: Message) -> None:
+    told = threading.Event()
+    with ThreadPoolExecutor(1) as aside:
+        desk = Desk(aside, Extracting(), heard=told.set)
+        desk.inbox.put(ExtractAdapter("1", "tuned", "", 4, PublishAs("n", False, "")))
+        desk.loop.turn()
+        assert told.wait(30)
+        desk.inbox.put(end)
+        desk.inbox.put(Drain())
+        desk.loop.run()
+    assert isinstance(desk.events[0], CallProgress)
+    assert isinstance(desk.events[-1], CallFailed)
+    assert desk.events[-1].reason in {"CANCELLED", "SERVER_DRAINING"}
