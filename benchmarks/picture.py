@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import matplotlib
@@ -57,19 +58,19 @@ def _panel(axes: Axes, panel: Panel, answers: list[list[Series]], began: float) 
     axes.grid(color=_FAINT, linewidth=0.4, alpha=0.6)
     for spine in axes.spines.values():
         spine.set_color(_FAINT)
+    top = max((v for lines in answers for line in lines for _, v in line.points), default=0.0) or 1.0
+    unit, suffix = scale(top, panel.unit)
     for target, lines in zip(panel.targets, answers, strict=True):
         for line in lines:
-            times, values = zip(*line.points, strict=True)
-            label = legend(target.legend, line.labels).replace("127.0.0.1", "server")
+            times = [(t - began) / 60 for t, _ in line.points]
+            values = [v / unit for _, v in line.points]
+            name = re.sub(r"127\.0\.0\.1:\d+", "server", legend(target.legend, line.labels))
             colour = _COLOURS[len(axes.lines) % len(_COLOURS)]
-            axes.plot(
-                [(t - began) / 60 for t in times], values, linewidth=1.2, label=label[:24], color=colour
-            )
-    top = max((v for lines in answers for line in lines for _, v in line.points), default=0.0) or 1.0
+            axes.plot(times, values, linewidth=1.2, label=name[:24], color=colour)
     # Room above for the legend, and a little below: a line at zero is a line.
-    axes.set_ylim(-0.03 * top, 1.45 * top)
+    axes.set_ylim(-0.03 * top / unit, 1.45 * top / unit)
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 4, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value, panel.unit)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{suffix}"))
     axes.set_xlabel("minutes", color=_INK, fontsize=6, labelpad=1)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(
@@ -83,12 +84,12 @@ def _panel(axes: Axes, panel: Panel, answers: list[list[Series]], began: float) 
     )
 
 
-def shown(value: float, unit: str) -> str:
-    """A value as Grafana writes it in that unit, roughly."""
+def scale(top: float, unit: str) -> tuple[float, str]:
+    """What to divide values up to `top` by, and what to write behind them, for a unit of Grafana."""
     if unit == "bytes":
-        return f"{value / 2**30:.3g} GiB" if value >= 2**30 else f"{value / 2**20:.3g} MiB"
+        return (2**30, " GiB") if top >= 2**30 else (2**20, " MiB")
     if unit == "percentunit":
-        return f"{value:.0%}"
+        return 0.01, "%"
     if unit == "s":
-        return f"{value * 1e3:g} ms" if value < 1 else f"{value:g} s"
-    return f"{value:g}"
+        return (1.0, " s") if top >= 1 else (1e-3, " ms")
+    return 1.0, ""

@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 from collections.abc import Coroutine, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,6 @@ from atelier_server.workers.handle import DEFAULT_ARGV, LocalWorker
 
 _log = logging.getLogger(__name__)
 _CHECKPOINT_SECONDS = 30.0  # for trainings to be written to the store when the server goes
-_TRACES_SECONDS = 3.0
 _GRACE_SECONDS = 1.0  # for streams to send their status
 
 
@@ -234,10 +232,7 @@ class Application:
             await self._health_server.stop(None)
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.stop)
-        # Spans that no collector takes are not worth waiting for.
-        closing = asyncio.to_thread(self._tracer.close)
-        with suppress(TimeoutError):
-            await asyncio.wait_for(closing, _TRACES_SECONDS)
+        await asyncio.to_thread(self._tracer.close)
         self._book.close()
         self._directory.close()
 

@@ -7,6 +7,7 @@ OTEL_TRACES_SAMPLER, OTEL_EXPORTER_OTLP_HEADERS, and so on. Attributes follow it
 from __future__ import annotations
 
 import importlib.metadata
+import threading
 from collections.abc import Mapping
 
 from opentelemetry.context import Context
@@ -22,6 +23,7 @@ from atelier_server.messages import Span
 from atelier_server.origin import Origin
 from atelier_server.traces import CallTrace
 
+_CLOSE_SECONDS = 3.0
 _W3C = TraceContextTextMapPropagator()
 # The server's own faults; the others are the client's, and no error of the server's span.
 _FAULTS = {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
@@ -46,7 +48,9 @@ class OtelTracer:
         version = importlib.metadata.version("atelier")
         resource = Resource.create({"service.name": "atelier", "service.version": version})
         # What the operator says in OTEL_* wins over our own name.
-        self._provider = TracerProvider(resource=resource.merge(OTELResourceDetector().detect()))
+        self._provider = TracerProvider(
+            resource=resource.merge(OTELResourceDetector().detect()), shutdown_on_exit=False
+        )
         exporter = exporter or OTLPSpanExporter(endpoint=endpoint, insecure=endpoint.startswith("http://"))
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("atelier", version)
@@ -79,4 +83,7 @@ class OtelTracer:
         made.end(end_time=span.end_ns)
 
     def close(self) -> None:
-        self._provider.shutdown()
+        # A collector that does not answer is not waited for: the last spans are not worth a slow exit.
+        ending = threading.Thread(target=self._provider.shutdown, name="traces", daemon=True)
+        ending.start()
+        ending.join(_CLOSE_SECONDS)

@@ -33,7 +33,7 @@ class Tracer(Protocol):
         """A phase that somebody else has measured."""
 
     def close(self) -> None:
-        """Sends what is left; may take seconds."""
+        """Sends what is left; takes at most a few seconds."""
 
 
 class _Untraced:

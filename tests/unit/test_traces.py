@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import sys
+import time
 
 import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -62,6 +64,17 @@ def test_callers_decide_on_sampling_and_cannot_break_anything(traceparent: str) 
     asked_not_to = traceparent == PARENT[:-1] + "0"
     assert call.origin.traced is not asked_not_to
     assert len(exporter.get_finished_spans()) == (0 if asked_not_to else 1)
+
+
+def test_a_collector_that_is_not_there_delays_no_exit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atelier_server.otel._CLOSE_SECONDS", 0.1)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and never listens
+        otel = OtelTracer(f"http://127.0.0.1:{taken.getsockname()[1]}")
+        otel.begin(METHOD, {}, "a").end("OK")
+        before = time.monotonic()
+        otel.close()
+        assert time.monotonic() - before < 5  # the exporter itself would try for ten seconds
 
 
 def test_without_an_endpoint_nothing_is_traced() -> None:

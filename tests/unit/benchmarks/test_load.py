@@ -6,12 +6,15 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from benchmarks.load import drift, quantile
 from benchmarks.panels import filled, legend, panels
-from benchmarks.picture import shown
+from benchmarks.picture import draw, scale
+from benchmarks.prometheus import Series
 from benchmarks.visitors import EXPECTED, SHARES, kinds, wish
 
 
@@ -55,17 +58,26 @@ def test_queries_are_asked_as_grafana_fills_them_in() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "unit", "text"),
+    ("top", "unit", "expected"),
     [
-        (2**20, "bytes", "1 MiB"),
-        (0.5, "percentunit", "50%"),
-        (0.02, "s", "20 ms"),
-        (3, "s", "3 s"),
-        (2, "ops", "2"),
+        (2**20, "bytes", (2**20, " MiB")),
+        (2**31, "bytes", (2**30, " GiB")),
+        (0.5, "percentunit", (0.01, "%")),
+        (0.02, "s", (1e-3, " ms")),
+        (3, "s", (1.0, " s")),
+        (2, "ops", (1.0, "")),
     ],
 )
-def test_values_are_shown_in_their_unit(value: float, unit: str, text: str) -> None:
-    assert shown(value, unit) == text
+def test_values_are_shown_in_their_unit(top: float, unit: str, expected: tuple[float, str]) -> None:
+    assert scale(top, unit) == expected
+
+
+def test_a_picture_is_drawn_of_every_panel(tmp_path: Path) -> None:
+    line = Series({"instance": "127.0.0.1:9090"}, ((10.0, 0.0), (70.0, 3.0)))
+    draw([(panel, [[line] for _ in panel.targets]) for panel in panels()], tmp_path / "images" / "x.webp")
+    with Image.open(tmp_path / "images" / "x.webp") as image:
+        assert image.format == "WEBP"
+        assert image.width > 1000
 
 
 @pytest.mark.process
