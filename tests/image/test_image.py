@@ -19,13 +19,21 @@ from pathlib import Path
 import pytest
 
 from tests.image.dockerfile import Builder, Image
+from tests.unit.k8s.kustomize import identity, render
 
 pytestmark = [pytest.mark.image, pytest.mark.timeout(3600)]
 
 ROOT = Path(__file__).parents[2]
 DEVICE = os.environ.get("DEVICE", "cpu")
+EXTRAS = "server s3 otel"
 RELEASE = "bookworm"  # what BASE in the Dockerfile is a point release of
 FORBIDDEN = ("gcc", "cc", "make", "pip", "pip3", "git", "curl", "wget")
+# What the pod of the overlay cpu-dev is told.
+[CONFIG_MAP] = [
+    resource["data"]
+    for resource in render(ROOT / "k8s" / "overlays" / "cpu-dev")
+    if identity(resource) == ("ConfigMap", "atelier")
+]
 # PID 1 of a namespace of its own, on a root that cannot be written, with a data volume and a /tmp.
 CONTAINER = """
 mount --bind "$0" "$0" && mount --rbind /dev "$0/dev"
@@ -46,7 +54,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def image(workspace: Path) -> Iterator[Image]:
     base = workspace / "base"
     subprocess.run(["debootstrap", "--variant=minbase", RELEASE, base], check=True, stdout=subprocess.DEVNULL)
-    arguments, mounts, settings = {"DEVICE": DEVICE}, dict[Path, str](), dict[str, str]()
+    arguments, mounts, settings = {"DEVICE": DEVICE, "EXTRAS": EXTRAS}, dict[Path, str](), dict[str, str]()
     if DEVICE == "cpu":
         arguments["TORCH_INDEX"] = os.environ.get("TORCH_INDEX") or "file:///run/torch-index"
         mounts[torch_index(workspace / "index")] = "/run/torch-index"
@@ -80,6 +88,7 @@ class Container:
 
     def __init__(self, image: Image, data: Path, *options: str) -> None:
         self._image = image
+        self._variables = {**image.environment, **CONFIG_MAP}
         user, group = (int(part) for part in image.user.split(":"))
         data.mkdir()
         os.chown(data, user, group)
@@ -98,7 +107,7 @@ class Container:
         self.said = self._process.stdout.readline()
 
     def _environment(self) -> list[str]:
-        return [f"{key}={value}" for key, value in self._image.environment.items()]
+        return [f"{key}={value}" for key, value in self._variables.items()]
 
     @property
     def pid(self) -> int:
@@ -131,18 +140,8 @@ class Container:
 
 @pytest.fixture(scope="module")
 def container(image: Image, workspace: Path) -> Iterator[Container]:
-    options = (
-        "--host",
-        "127.0.0.1",
-        "--port",
-        "0",
-        "--metrics-port",
-        "0",
-        "--device",
-        "cpu",
-        "--threads",
-        "1",
-    )
+    ports = ("--port", "0", "--metrics-port", "0", "--health-port", "0")  # the network is this machine's
+    options = (*ports, "--host", "127.0.0.1", "--threads", "1")
     running = Container(image, workspace / "data", *options)
     assert running.said.startswith("atelier listening on 127.0.0.1:"), running.said
     yield running
@@ -162,6 +161,11 @@ def test_no_build_tool_is_inside(image: Image) -> None:
         for name in FORBIDDEN
         if (image.root / folder / name).exists()
     ] == []
+
+
+def test_the_extras_are_inside(container: Container) -> None:
+    done = container.run("python", "-c", "import opentelemetry.sdk.trace, s3fs")
+    assert done.returncode == 0, done.stderr
 
 
 def test_it_serves_and_paints(container: Container, server: str) -> None:

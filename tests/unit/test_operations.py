@@ -18,7 +18,7 @@ from benchmarks import sizing
 from tests.unit.k8s.kustomize import render
 
 ROOT = Path(__file__).parents[2]
-OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8").replace("\\\n", "")
 RUNBOOK = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
 PAGES = OPERATIONS + RUNBOOK
 # Variables of the build, and of the client, beside the server's.

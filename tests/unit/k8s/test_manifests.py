@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from atelier_server.rpc.health import SERVICES
 from tests.unit.k8s.kustomize import Resource, identity, render
 
 ROOT = Path(__file__).parents[3]
+OPERATIONS = ROOT / "docs" / "operations.md"
 OVERLAYS = sorted(path.name for path in (ROOT / "k8s" / "overlays").iterdir())
 VERSIONS = ("1.32", "1.34", "1.37")
 CUSTOM = {
@@ -66,6 +68,12 @@ def test_the_prometheus_operator_knows_every_field(resources: list[Resource]) ->
         if model := CUSTOM.get(resource["kind"]):
             known = model.model_validate(resource).model_dump(mode="json", by_alias=True, exclude_unset=True)
             assert known == resource
+
+
+def test_config_maps_can_be_applied(resources: list[Resource]) -> None:
+    """`kubectl apply` keeps a copy in an annotation, which may have 256 KiB."""
+    sizes = {r["metadata"]["name"]: len(json.dumps(r)) for r in resources if r["kind"] == "ConfigMap"}
+    assert {name: size for name, size in sizes.items() if size > 200_000} == {}
 
 
 def test_a_misspelt_field_is_seen(resources: list[Resource]) -> None:
@@ -120,7 +128,7 @@ def test_the_monitor_finds_the_metrics_port(resources: list[Resource]) -> None:
 def created_secrets() -> dict[str, set[str]]:
     """Name to keys, of the secrets that docs/operations.md creates."""
     found: dict[str, set[str]] = {}
-    for name, rest in CREATED.findall((ROOT / "docs" / "operations.md").read_text(encoding="utf-8")):
+    for name, rest in CREATED.findall(OPERATIONS.read_text(encoding="utf-8").replace("\\\n", "")):
         keys = {"tls.crt", "tls.key"} if "--cert=" in rest else set()
         keys |= set(re.findall(r"--from-(?:file|literal)=([\w.-]+)", rest))
         found.setdefault(name, set()).update(keys)
