@@ -17,7 +17,15 @@ from atelier_server.workers.runner import TorchRunner
 class Desk:
     """Submits generations and turns the loop until they are all done."""
 
-    def __init__(self, model: str, data_dir: Path, *, slots: int = 16, max_rank: int = 16) -> None:
+    def __init__(
+        self,
+        model: str,
+        data_dir: Path,
+        *,
+        slots: int = 16,
+        max_rank: int = 16,
+        controlnets: tuple[tuple[str, str], ...] = (),
+    ) -> None:
         self.runner = TorchRunner(
             WorkerSettings(
                 model=model,
@@ -28,6 +36,7 @@ class Desk:
                 threads=1,
                 max_lora_rank=max_rank,
                 host_adapter_bytes=0,  # a load from a file is a load from a file
+                controlnets=controlnets,
             )
         )
         self._events: list[Event] = []

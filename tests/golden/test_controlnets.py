@@ -228,10 +228,11 @@ def test_a_folder_of_something_else_is_told(served: dict[str, Served], tmp_path:
     for changes, message in (
         ({"global_pool_conditions": True}, "has global_pool_conditions=True instead of False"),
         ({"block_out_channels": [16, 64]}, r"its block_out_channels is \(16, 64\), the base's \(16, 32\)"),
+        ({"conditioning_embedding_out_channels": [8, 8, 16]}, "pictures become 4 times smaller, not 8"),
         ({"_class_name": "ControlNetUnionModel"}, "is ControlNetUnionModel instead of ControlNetModel"),
     ):
         found = mismatch(
-            {"_class_name": "ControlNetModel", **config, **changes}, mine.base.unet.config, "sd1"
+            {"_class_name": "ControlNetModel", **config, **changes}, mine.base.unet.config, "sd1", 8
         )
         assert re.search(message, found)
     pickled = tmp_path / "pickled"

@@ -9,28 +9,76 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from atelier_server.adapters.canonical import CanonicalAdapter, LoraModule
+from atelier_server.adapters.store import ADAPTER_FILE
+from atelier_server.adapters.stored import write_stored
 from atelier_server.core import AdapterUse, GenerationJob, InitImage, Mode, SchedulerOptions
+from atelier_server.guides import ControlUse
 from benchmarks.desk import Desk, job
 from tests.adapters import random_adapter, write
+from tests.bases import save_base, save_controlnet
 from tests.pictures import right_part, soft_colours
 
 SCHEDULERS = ("ddim", "euler", "euler-a", "dpmpp-2m", "unipc", "heun")
 SAMPLE, SOAK = 8, 150
+RANKS = (2, 8, 16, 32)
+Table = tuple[Desk, list[AdapterUse]]
 
 
 @pytest.fixture(scope="module")
-def desk() -> Iterator[tuple[Desk, list[AdapterUse]]]:
+def desk() -> Iterator[Table]:
     root = Path(tempfile.mkdtemp())
     desk = Desk("pocket", root / "data", slots=3, max_rank=32)
     files = [
         write(random_adapter(i, rank=rank, alpha=rank / 2, convolutions=i == 2), root / f"a{i}.safetensors")
-        for i, rank in enumerate((2, 8, 16, 32))
+        for i, rank in enumerate(RANKS)
     ]
     yield desk, desk.publish(files)
     shutil.rmtree(root)
+
+
+@pytest.fixture(scope="module", params=["sd2", "sdxl"])
+def studio(request: pytest.FixtureRequest) -> Iterator[Table]:
+    """A base of another family with a ControlNet, and adapters that reach into the text encoders."""
+    root = Path(tempfile.mkdtemp())
+    base = save_base(request.param, root / "base")
+    net = save_controlnet(request.param, root / "net", base)
+    desk = Desk(str(base), root / "data", slots=3, max_rank=32, controlnets=(("lines", str(net)),))
+    yield desk, [_publish(desk, number, rank) for number, rank in enumerate(RANKS)]
+    shutil.rmtree(root)
+
+
+def _publish(desk: Desk, number: int, rank: int) -> AdapterUse:
+    """Attention of the U-Net; of the text encoders too from the second on; the last has a word of its own."""
+    runner, generator = desk.runner, torch.Generator().manual_seed(number)
+    projections = (".to_q", ".to_v", ".q_proj", ".fc1") if number else (".to_q", ".to_v")
+    modules = {}
+    for name, layer in runner.bank.layers.items():
+        if name.endswith(projections):
+            out, features = layer.weight.shape
+            a = torch.randn(rank, features, generator=generator) / features**0.5
+            modules[name] = LoraModule(a, torch.randn(out, rank, generator=generator) * 0.2, rank / 2)
+    words = {
+        encoder.name: torch.randn(2, encoder.model.config.hidden_size, generator=generator)
+        for encoder in runner.base.encoders
+    }
+    adapter = CanonicalAdapter(modules, {"<sks>": words} if number == 3 else {})
+    record = runner.store.publish_version(
+        lambda folder: write_stored(adapter, folder / ADAPTER_FILE),
+        name=f"a{number}",
+        trigger="",
+        base_model="",
+        base_sha256="",
+        family="",
+        new_version=False,
+        rank=rank,
+        lora_alpha=rank / 2,
+    )
+    return AdapterUse(record.id, 1.0, record.path, record.sha256)
 
 
 # What a picture begins with: noise, a picture, a picture of which a part is painted anew.
@@ -43,6 +91,11 @@ INITS = (
 # Short, none, weighted, and too long for pocket's text encoder.
 PROMPTS = ("a red octopus", "", "a (red:1.4) octopus (on a beach:0.5)", "a red octopus on a beach, " * 12)
 OPTIONS = (SchedulerOptions(), SchedulerOptions(timestep_spacing="trailing"))
+CONTROLS = (
+    (),
+    (ControlUse("lines", soft_colours(), "soft", ""),),
+    (ControlUse("lines", right_part(), "right", "", scale=0.5, start=0.3),),
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +113,7 @@ class Drawn:
     options: SchedulerOptions
     prompt: str
     clip_skip: int
+    controls: tuple[ControlUse, ...] = ()
 
 
 REQUEST = st.builds(
@@ -78,6 +132,13 @@ REQUEST = st.builds(
 )
 
 
+WITH_CONTROLS = st.tuples(REQUEST, st.sampled_from(CONTROLS), st.booleans()).map(
+    lambda drawn: replace(
+        drawn[0], controls=drawn[1], prompt=f"a <sks> {drawn[0].prompt}" if drawn[2] else drawn[0].prompt
+    )
+)
+
+
 def request(number: int, uses: list[AdapterUse], drawn: Drawn) -> GenerationJob:
     weights = (1.0, 0.0) if drawn.fading else ()
     composed = tuple(replace(uses[i], weight=0.5 + i / 4, weights=weights) for i in drawn.adapters)
@@ -89,12 +150,13 @@ def request(number: int, uses: list[AdapterUse], drawn: Drawn) -> GenerationJob:
         guidance_rescale=drawn.rescale,
         init=drawn.init,
         clip_skip=drawn.clip_skip,
+        controlnets=drawn.controls,
         mode=Mode.STRICT,
         bucket=8,
     )
 
 
-def check(desk: tuple[Desk, list[AdapterUse]], mix: list[Drawn]) -> None:
+def check(desk: Table, mix: list[Drawn]) -> None:
     table, uses = desk
     jobs = [request(number, uses, drawn) for number, drawn in enumerate(mix)]
     together = table.generate(jobs)
@@ -112,7 +174,7 @@ def pixels(file: bytes) -> bytes:
 
 @given(st.lists(REQUEST, min_size=2, max_size=6))
 @settings(max_examples=SAMPLE, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-def test_a_sample_of_mixes(desk: tuple[Desk, list[AdapterUse]], mix: list[Drawn]) -> None:
+def test_a_sample_of_mixes(desk: Table, mix: list[Drawn]) -> None:
     check(desk, mix)
 
 
@@ -120,5 +182,19 @@ def test_a_sample_of_mixes(desk: tuple[Desk, list[AdapterUse]], mix: list[Drawn]
 @pytest.mark.timeout(3000)
 @given(st.lists(REQUEST, min_size=2, max_size=6))
 @settings(max_examples=SOAK, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-def test_many_mixes(desk: tuple[Desk, list[AdapterUse]], mix: list[Drawn]) -> None:
+def test_many_mixes(desk: Table, mix: list[Drawn]) -> None:
     check(desk, mix)
+
+
+@given(st.lists(WITH_CONTROLS, min_size=2, max_size=6))
+@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_a_sample_of_mixes_with_text_parts_and_controlnets(studio: Table, mix: list[Drawn]) -> None:
+    check(studio, mix)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3000)
+@given(st.lists(WITH_CONTROLS, min_size=2, max_size=6))
+@settings(max_examples=SOAK, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_many_mixes_with_text_parts_and_controlnets(studio: Table, mix: list[Drawn]) -> None:
+    check(studio, mix)

@@ -170,7 +170,7 @@ def load_controlnets(references: Mapping[str, str], base: BaseModel) -> dict[str
 def _load(name: str, reference: str, base: BaseModel) -> ControlNet:
     folder = Path(reference) if Path(reference).is_dir() else _download(reference)
     config = read_json(folder / "config.json")
-    if reason := mismatch(config, base.unet.config, base.family.name):
+    if reason := mismatch(config, base.unet.config, base.family.name, base.latent_scale):
         raise UnsupportedModel(reason)
     files, variant = weights(folder)
     model = ControlNetModel.from_pretrained(
@@ -186,8 +186,10 @@ def _download(reference: str) -> Path:
     return Path(snapshot_download(reference, allow_patterns=wanted))
 
 
-def mismatch(config: Mapping[str, Any], unet_config: Mapping[str, Any], family: str) -> str:
-    """Why a ControlNet's config does not fit the U-Net's; "" if it does."""
+def mismatch(
+    config: Mapping[str, Any], unet_config: Mapping[str, Any], family: str, latent_scale: int
+) -> str:
+    """Why a ControlNet's config does not fit the U-Net's, and latents so much smaller; "" if it does."""
     if (found := config.get("_class_name")) != "ControlNetModel":
         return f"is {found} instead of ControlNetModel"
     full = {**_DEFAULTS, **config}
@@ -198,6 +200,9 @@ def mismatch(config: Mapping[str, Any], unet_config: Mapping[str, Any], family: 
         theirs, ours = _plain(full[key]), _plain(unet_config[key])
         if theirs != ours:
             return f"does not fit the base ({family}): its {key} is {theirs!r}, the base's {ours!r}"
+    scale = 2 ** (len(full["conditioning_embedding_out_channels"]) - 1)
+    if scale != latent_scale:
+        return f"does not fit the base ({family}): pictures become {scale} times smaller, not {latent_scale}"
     return ""
 
 
