@@ -118,7 +118,7 @@ class Settings(BaseModel):
         default=60.0, gt=0, description="end a stream of which nothing is read for so long"
     )
     stall_seconds: float = Field(
-        default=300.0, ge=0, description="replace a worker whose step takes longer; 0 is never"
+        default=600.0, ge=0, description="replace a worker whose step takes longer; 0 is never"
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "text", "json"] = Field(

@@ -60,6 +60,8 @@ def stored_bytes(store: AdapterStore, scope: Scope) -> int:
 def _check(tenant: Tenant, quota: str, held: int, wanted: int, what: str, *, retry: float | None) -> None:
     limit: int | None = getattr(tenant.quotas, quota)
     if limit is not None and held + wanted > limit:
+        if wanted > limit:
+            retry = None  # it never fits
         raise QuotaExceeded(
             f"tenant {tenant.name} may have {limit} {what}; it has {held}, and this asks for {wanted} more",
             {"quota": quota, "limit": str(limit), "held": str(held), "wanted": str(wanted)},

@@ -32,6 +32,7 @@ def test_nothing_set_means_no_bound() -> None:
     ("check", "quota", "retry"),
     [
         (lambda: check_images(RED, 3, 2), "max_images", True),
+        (lambda: check_images(RED, 0, 5), "max_images", False),
         (lambda: check_trainings(RED, 1), "max_trainings", True),
         (lambda: check_stored(RED, 50, 51), "max_stored_bytes", False),
     ],
