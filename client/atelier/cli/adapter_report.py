@@ -38,7 +38,7 @@ def _facts(report: AdapterReport) -> Iterator[tuple[str, str]]:
     family = f"{report.family}: {report.evidence}" if report.family else "not told"
     yield "family", f"{family}; the base is {report.base_family}"
     kinds = ", ".join(f"{count.modules} {count.kind}" for count in report.kinds)
-    yield "modules", f"{len(report.matched)} of the base" + (f" ({kinds})" if kinds else "")
+    yield "modules", f"{len(report.matched)} of the base ({kinds})" if report.matched else ""
     yield "rank", _counts((f"{c.rank}", c.modules) for c in report.ranks)
     yield "alpha", _counts((f"{c.alpha:g}", c.modules) for c in report.alphas)
     for token in report.tokens:

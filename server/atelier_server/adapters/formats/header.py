@@ -24,9 +24,9 @@ _KEPT = (
 )
 _NEVER = ("modelspec.thumbnail",)
 _SOFTWARE = (
+    ("atelier.", "Atelier"),
     ("ot_", "OneTrainer"),
     ("ss_sd_scripts_commit_hash", "kohya sd-scripts"),
-    ("atelier.", "Atelier"),
     ("lora_adapter_metadata", "diffusers"),
     ("ss_network_module", "kohya sd-scripts"),
 )
