@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import yaml
 from typer.main import get_command
 
 from atelier.cli import cli
+from atelier_server.config import Quotas
 from atelier_server.config.reading import SETTINGS, read
 from benchmarks import sizing
 from tests.unit.k8s.kustomize import render
@@ -74,6 +76,12 @@ def test_flags_in_the_text_exist() -> None:
 def test_variables_and_settings_exist() -> None:
     told = set(re.findall(r"\bATELIER_[A-Z_]+\b", PAGES))
     assert told - {setting.variable for setting in SETTINGS} == set()
+
+
+def test_a_tenants_quotas_are_the_servers() -> None:
+    [block] = re.findall(r"```toml\n(.*?)```", OPERATIONS, re.DOTALL)
+    for quotas in tomllib.loads(block)["tenant"].values():
+        assert Quotas(**quotas) != Quotas()
 
 
 def test_paths_and_make_targets_exist() -> None:
