@@ -44,7 +44,7 @@ def studio(family: str) -> Studio:
         if getattr(pipeline, name, None) is not None
     }
     wrapped = copy.deepcopy(plain)
-    bank = SlotBank(slots=1, max_rank=8)
+    bank = SlotBank(slots=2, max_rank=8)
     for name, module in wrapped.items():
         bank.wrap(module, name)
     base = Base.of(family, wrapped, max_rank=8, is_word=lambda word: word == "dog")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 
 import pytest
@@ -226,6 +227,25 @@ def test_extracting_a_base_with_a_lora_merged_gives_the_loras_product(wrapped: W
         ours = inputs.run(unet)
     expected = inputs.run(tuned)
     assert (ours - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_one_layer_of_each_model_is_in_memory_at_a_time(wrapped: Wrapped) -> None:
+    _, bank = wrapped
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    class Fresh(Held):
+        def get(self, name: str) -> Tensor | None:  # type: ignore[override]
+            nonlocal most
+            weight = self[name].clone()
+            alive.append(weakref.ref(weight))
+            most = max(most, sum(ref() is not None for ref in alive))
+            return weight
+
+    tuned, base = Fresh(Held.of(tiny_unet(1))), Fresh(Held.of(tiny_unet()))
+    extract(tuned, base, shapes_of(bank), rank=2, family="", progress=lambda *_: None)
+    assert len(alive) == 2 * len(bank.layers)
+    assert most <= 2
 
 
 def test_a_rank_too_small_keeps_a_share(wrapped: Wrapped) -> None:
