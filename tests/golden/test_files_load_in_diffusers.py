@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from atelier_server.adapters.exporter import Layout, write_adapter
 from atelier_server.adapters.importer import Base, import_file
 from tests.bases import FAMILIES, pipeline_of
 from tests.foreign import changes_for, kohya
+from tests.unit.adapters.merged import merged_weight
 
 Only = Callable[[str], bool]
 ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
@@ -163,3 +165,38 @@ def test_a_text_encoder_of_q_and_v_alone_is_refused_by_diffusers_and_read_by_us(
     with pytest.raises(ValueError, match="Could not automatically infer state dict type"):
         pipeline_of("sd1").load_lora_weights(str(tmp_path), weight_name=path.name)
     assert import_file(path, base("sd1"))[0].modules.keys() == adapter.modules.keys()
+
+
+def test_dora_is_loaded_as_dora(tmp_path: Path) -> None:
+    """Magnitudes of outputs, in the layout that diffusers and PEFT have for them."""
+    plain = components(pipeline_of("sd1"))["unet"]
+    modules = {}
+    for name, module in adapter_for("sd1", mixed=True, only=is_attention).low_rank.items():
+        weight = plain.get_submodule(name.removeprefix("unet.")).weight
+        assert isinstance(weight, Tensor)
+        magnitude = weight.detach().norm(dim=1) * torch.linspace(0.5, 1.5, len(weight))
+        modules[name] = replace(module, magnitude=magnitude)
+    adapter = CanonicalAdapter(modules, family="sd1")
+    write_adapter(adapter, tmp_path / "x.safetensors", "diffusers")
+    for name, change in fused("sd1", tmp_path / "x.safetensors"):
+        if (module := modules.get(name.removesuffix(".weight"))) is not None and name.endswith(".weight"):
+            weight = plain.state_dict()[name.removeprefix("unet.")]
+            assert (weight + change - merged_weight(weight, module)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_learned_tokens_are_loaded(family: str, tmp_path: Path) -> None:
+    pipeline = pipeline_of(family)
+    vectors = {name: torch.randn(2, width) for name, width in base(family).widths.items()}
+    adapter = CanonicalAdapter({}, {"<sks>": vectors}, family=family)
+    write_adapter(adapter, tmp_path / "x.safetensors", "textual-inversion")
+    loaded = safetensors.torch.load_file(tmp_path / "x.safetensors")
+    for encoder, expected in vectors.items():
+        model = getattr(pipeline, encoder)
+        tokenizer = getattr(pipeline, encoder.replace("text_encoder", "tokenizer"))
+        # diffusers takes the pair of SDXL apart by hand, the file of one encoder as it is.
+        source: Any = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}[encoder]
+        source = loaded[source] if family == "sdxl" else str(tmp_path / "x.safetensors")
+        pipeline.load_textual_inversion(source, token="<sks>", text_encoder=model, tokenizer=tokenizer)
+        ids = tokenizer.convert_tokens_to_ids(["<sks>", "<sks>_1"])
+        assert torch.equal(model.get_input_embeddings().weight[ids].detach(), expected)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,6 +38,7 @@ from atelier_server.report import AdapterReport, ImportTerms, UnmatchedPart
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _STRICT = ImportTerms()
 _TOKENS = "textual-inversion"
+_MOST_LISTED, _MOST_CHARACTERS = 1000, 200
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
 
@@ -188,7 +190,7 @@ class _Reading:
             evidence=evidence,
             base_family=self._base.family,
             matched=tuple(modules),
-            unmatched=tuple(UnmatchedPart(name, why) for name, why in self._unmatched.items()),
+            unmatched=_listed(self._unmatched),
             coverage=_coverage(len(modules) + len(tokens), len(self._unmatched)),
             kinds=counted(kinds),
             ranks=counted(module.rank for module in low_rank),
@@ -271,23 +273,32 @@ class _Reading:
             return
         first = report.unmatched[0]
         found = len(report.matched) + len(report.tokens)
-        total = found + len(report.unmatched)
+        total = found + len(self._unmatched)
         told = f" The file is of {report.family} ({report.evidence})" if report.family else ""
         told += f", the base model of {report.base_family}." if told else ""
         hint = " allow_partial takes what fits." if found else ""
         raise AdapterMismatch(
-            f"{len(report.unmatched)} of {total} parts of this {report.format} file do not fit the base: "
+            f"{len(self._unmatched)} of {total} parts of this {report.format} file do not fit the base: "
             f"{first.name}: {first.reason}.{told}{hint}",
             {
                 "module": first.name,
                 "matched": str(found),
-                "unmatched": str(len(report.unmatched)),
+                "unmatched": str(len(self._unmatched)),
                 "coverage": f"{report.coverage:.3f}",
                 "format": report.format,
                 "family": report.family,
                 "base_family": report.base_family,
             },
         )
+
+
+def _listed(unmatched: Mapping[str, str]) -> tuple[UnmatchedPart, ...]:
+    """What a report can hold of it: a stranger's file may have any number of names, of any length."""
+    first = islice(unmatched.items(), _MOST_LISTED)
+    listed = [UnmatchedPart(name[:_MOST_CHARACTERS], why) for name, why in first]
+    if (more := len(unmatched) - len(listed)) > 0:
+        listed.append(UnmatchedPart("...", f"and {more} more"))
+    return tuple(listed)
 
 
 def _shaped(module: Module, shape: tuple[int, ...]) -> Module:

@@ -9,6 +9,7 @@ from atelier_server.adapters.canonical import CanonicalAdapter
 
 MAX_VALUE = 2000
 """Characters of a value that are kept; tag counts of large data sets run to megabytes."""
+MAX_ENTRIES = 200
 
 _KEPT = (
     "ss_",
@@ -51,10 +52,11 @@ _FAMILY_KEYS = ("modelspec.architecture", "ss_base_model_version", "baseModel", 
 
 def kept(metadata: Mapping[str, str]) -> dict[str, str]:
     """The entries about training and origin, each of at most MAX_VALUE characters."""
+    chosen = [key for key in sorted(metadata) if key.startswith(_KEPT) and key not in _NEVER]
     return {
         key: value if len(value) <= MAX_VALUE else f"{value[:MAX_VALUE]} ... ({len(value)} characters)"
-        for key, value in sorted(metadata.items())
-        if key.startswith(_KEPT) and key not in _NEVER
+        for key in chosen[:MAX_ENTRIES]
+        if len(key) <= MAX_VALUE and (value := metadata[key]) is not None
     }
 
 
