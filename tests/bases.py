@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -33,6 +34,11 @@ from atelier_server import pocket
 FAMILIES = ("sd1", "sd2", "sdxl")
 PIXELS = 64
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+def sampled(*quick: str) -> list[Any]:
+    """Every family as a parameter; those that are not `quick` wait for `make soak`."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.soak) for name in FAMILIES]
 
 
 def save_base(family: str, folder: Path, *, variant: str | None = None, seed: int = 0, **unet: Any) -> Path:

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel
 from safetensors.torch import load_file
 
-from tests.bases import FAMILIES, PIXELS, peer, save_base, save_controlnet
+from tests.bases import FAMILIES, PIXELS, peer, save_base
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -34,10 +33,3 @@ def test_a_base_is_the_same_every_time(tmp_path: Path) -> None:
     )
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_controlnet_fits_its_base(family: str, tmp_path: Path) -> None:
-    base = save_base(family, tmp_path / "base")
-    controlnet = ControlNetModel.from_pretrained(save_controlnet(family, tmp_path / "controlnet", base))
-    assert controlnet.config.cross_attention_dim == peer(family, base).unet.config.cross_attention_dim

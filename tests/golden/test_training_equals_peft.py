@@ -115,7 +115,14 @@ def plain_loop(name: str, folder: Path, images: list[Path]) -> Run:
 
 @pytest.mark.parametrize(
     "case",
-    [("pocket", False), ("pocket", True), ("sd1", False), ("sd2", True), ("sdxl", False), ("sdxl", True)],
+    [
+        ("pocket", False),
+        ("pocket", True),
+        pytest.param(("sd1", False), marks=pytest.mark.soak),
+        ("sd2", False),
+        ("sdxl", True),
+        pytest.param(("sdxl", False), marks=pytest.mark.soak),
+    ],
 )
 def test_the_loss_curve_is_pefts(
     case: tuple[str, bool],

@@ -96,6 +96,7 @@ def test_what_does_not_fit_is_told(served: tuple[Server, Path]) -> None:
     assert atelier(server, "generate", "a", "--controlnet", "canny").returncode != 0
 
 
+@pytest.mark.soak
 def test_a_controlnet_of_another_family_stops_the_start(served: tuple[Server, Path], tmp_path: Path) -> None:
     _, root = served
     save_base("sd1", tmp_path / "sd1")

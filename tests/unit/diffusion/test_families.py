@@ -18,7 +18,7 @@ from atelier_server.diffusion.base import BaseModel, load_base
 from atelier_server.diffusion.conditioning import Framing
 from atelier_server.diffusion.families import SDXL, UnsupportedModel, detect
 from atelier_server.diffusion.loading import load_pipeline
-from tests.bases import FAMILIES, peer, save_base
+from tests.bases import FAMILIES, peer, sampled, save_base
 from tests.ldm import write_single_file
 
 
@@ -41,7 +41,7 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sampled("sd2", "sdxl"))
 def test_a_single_file_of_every_family(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
     folder = save_base(family, tmp_path / "model")
     pipeline = peer(family, folder)
@@ -58,7 +58,7 @@ def test_a_single_file_of_every_family(family: str, folders: dict[str, Path], tm
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sampled("sdxl"))
 def test_half_precision_files_are_found_component_by_component(
     family: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -90,6 +90,7 @@ def test_old_configs_leave_out_what_has_its_default(tmp_path: Path) -> None:
     assert load_base(str(folder), "cpu").family.name == "sd1"
 
 
+@pytest.mark.soak
 def test_a_hub_id(folders: dict[str, Path], tmp_path: Path) -> None:
     """From the hub's cache on this machine; nothing is fetched."""
     repository, revision = tmp_path / "hub" / "models--someone--tiny", "0" * 40
