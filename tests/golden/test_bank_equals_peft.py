@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from atelier_server.adapters.bank import SlotBank
 from atelier_server.adapters.canonical import CanonicalAdapter
 from atelier_server.adapters.exporter import write_adapter
+from atelier_server.adapters.importer import Base, import_file
 from atelier_server.adapters.kinds import convert
 from tests.unit.adapters.tiny import ATTENTION, EVERYTHING, Inputs, adapter_for, tiny_unet, wrapped_unet
 
@@ -93,7 +94,7 @@ def dora_through_peft() -> tuple[UNet2DConditionModel, CanonicalAdapter]:
     )
     generator = torch.Generator().manual_seed(3)
     parts: dict[str, dict[str, torch.Tensor]] = {}
-    names = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "lora_magnitude_vector": "dora_scale"}
+    names = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "lora_magnitude_vector": "magnitude"}
     for parameter in unet.parameters():
         if parameter.requires_grad:
             size = torch.rand(parameter.shape, generator=generator)
@@ -101,8 +102,7 @@ def dora_through_peft() -> tuple[UNet2DConditionModel, CanonicalAdapter]:
             parameter.requires_grad_(False)
     for key, value in get_peft_model_state_dict(unet).items():
         name, _, part = key.removesuffix(".weight").rpartition(".")
-        flat = value.flatten() if part == "lora_magnitude_vector" else value
-        parts.setdefault(f"unet.{name}", {})[names[part]] = flat
+        parts.setdefault(f"unet.{name}", {})[names[part]] = value
     shapes = wrapped_unet()[1].shapes
     return unet, CanonicalAdapter(
         {name: convert(name, of, shapes[name], max_rank=40, scale=0.5) for name, of in parts.items()}
@@ -129,3 +129,20 @@ def test_dora_rows_equal_peft_at_weight_one_and_are_linear_in_the_weight() -> No
     assert torch.allclose(changed[1] - plain[0], 0.3 * (changed[0] - plain[0]), atol=1e-5)
     reference.set_adapters(["default"], [0.0])
     assert (inputs.run(reference) - base).abs().max() > 1e-2
+
+
+def test_a_dora_that_diffusers_has_saved_is_imported_as_peft_computes_it(tmp_path: Path) -> None:
+    """With square convolutions, whose magnitudes [1,o,1,1] look like those of inputs in LyCORIS' files."""
+    reference, _ = dora_through_peft()
+    reference.save_lora_adapter(tmp_path, adapter_name="default")
+    unet, bank = wrapped_unet()
+    base = Base.of("sd1", {"unet": unet}, max_rank=40, is_word=lambda _: False)
+    adapter, report = import_file(tmp_path / "pytorch_lora_weights.safetensors", base)
+    assert dict(report.kinds) == {"dora": len(report.matched)}
+    square = [m for m in adapter.low_rank.values() if m.A.dim() == 4 and m.A.shape[1] == m.B.shape[0]]
+    assert any(module.A.shape[-1] == 3 for module in square)
+    bank.load(1, adapter)
+    inputs = Inputs()
+    with bank.use(bank.gather([[(1, 1.0)]] * 8)):
+        ours = inputs.run(unet)
+    assert (ours - inputs.run(reference)).abs().max() <= 1e-5

@@ -343,7 +343,7 @@ def _coverage(matched: int, unmatched: int) -> float:
 
 def _kind(parts: Mapping[str, Tensor]) -> str:
     """What a user calls it."""
-    if "dora_scale" in parts:
+    if not parts.keys().isdisjoint(("dora_scale", "magnitude")):
         return "dora"
     starts = {"hada": "loha", "lokr": "lokr", "w_norm": "norm", "b_norm": "norm", "diff": "full"}
     for start, kind in starts.items():

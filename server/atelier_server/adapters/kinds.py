@@ -5,9 +5,9 @@
     LoKr           s * w1 (x) w2,  (x) Kronecker's product                   low rank rank(w1) * rank(w2)
     full, norms    diff, diff_b, w_norm, b_norm                              dense
 
-s is alpha / r with r the rank of the file's own factors, and 1 where it has none; `dora_scale` (DoRA) and
-`diff_b` may come with every kind but norms. Names of parts and conventions are those of LyCORIS (arXiv
-2309.14859, lycoris-lora 4.1) and of kohya's scripts.
+s is alpha / r with r the rank of the file's own factors, and 1 where it has none; `dora_scale` or `magnitude`
+(DoRA) and `diff_b` may come with every kind but norms. Names of parts and conventions are those of LyCORIS
+(arXiv 2309.14859, lycoris-lora 4.1) and of kohya's scripts.
 
 LoHa and LoKr are low-rank changes exactly: a product of rank p and one of rank q, entry by entry or
 Kronecker's, is one of rank p q whose factors are products of theirs. They become one where that rank fits a
@@ -33,7 +33,8 @@ _LOHA = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1"
 _LOKR = frozenset(f"lokr_{part}{end}" for part in ("w1", "w2") for end in ("", "_a", "_b")) | {"lokr_t2"}
 _FULL = frozenset({"diff"})
 _NORM = frozenset({"w_norm", "b_norm"})
-_WITH_ANY = frozenset({"alpha", "dora_scale", "diff_b"})
+_MAGNITUDES = frozenset({"dora_scale", "magnitude"})
+_WITH_ANY = frozenset({"alpha", "diff_b"}) | _MAGNITUDES
 PARTS = _LORA | _LOHA | _LOKR | _FULL | _NORM | _WITH_ANY
 
 
@@ -43,7 +44,8 @@ def convert(
     """The change that `parts` (names of `PARTS`) make to the layer `name` whose weight has `shape`.
 
     `scale` is s where the file's layout tells it outside of `parts` (PEFT); else it follows from `alpha`,
-    which counts as r if it is missing. `dora_scale` [o,1,...] or [o] scales outputs, [1,i,...] inputs.
+    which counts as r if it is missing. `dora_scale` [o,1,...] scales outputs, [1,i,...] inputs; `magnitude`,
+    of PEFT and ai-toolkit, outputs whatever its shape (PEFT's is [1,o,1,1] for a convolution).
 
     Plain LoRA keeps its tensors as they are; products are made in float32. Raises UnsupportedFormat for parts
     that are missing, unknown or of several kinds, and AdapterMismatch for shapes that do not fit the layer.
@@ -101,6 +103,9 @@ class _Layer:
 
     def magnitude(self) -> Tensor | None:
         """[o] for magnitudes of outputs, [1,i] for those of inputs."""
+        if (outputs := self.parts.get("magnitude")) is not None:
+            _fit(len(self.shape) >= 2 and outputs.numel() == self.out)
+            return outputs.reshape(-1)
         if (magnitude := self.parts.get("dora_scale")) is None:
             return None
         per_output = magnitude.dim() == 1 or magnitude.shape[:1] == self.shape[:1]
@@ -146,7 +151,7 @@ def _kind(name: str, parts: Mapping[str, Tensor]) -> Callable[[_Layer], Module]:
         raise UnsupportedFormat(f"{name} is {labels} at once", {"module": name})
     if found:
         return found[0][1]
-    if "diff_b" not in parts or "dora_scale" in parts:
+    if "diff_b" not in parts or _MAGNITUDES & parts.keys():
         raise UnsupportedFormat(f"{name} has no weights beside {', '.join(sorted(parts))}", {"module": name})
     return lambda layer: DenseModule(None, layer.bias())
 

@@ -129,7 +129,7 @@ ROW = st.lists(
 )
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     row=ROW,
     batches=st.lists(st.lists(ROW, min_size=BATCH, max_size=BATCH), min_size=2, max_size=2),

@@ -15,7 +15,7 @@ _ENDS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         # PEFT; in between may lie the adapter's name ("default").
         r"\.lora_A(?:\.[\w-]+)?\.weight": "lora_down.weight",
         r"\.lora_B(?:\.[\w-]+)?\.weight": "lora_up.weight",
-        r"\.lora_magnitude_vector(?:\.[\w-]+){0,2}": "dora_scale",
+        r"\.lora_magnitude_vector(?:\.[\w-]+){0,2}": "magnitude",
         # kohya's scripts, LyCORIS.
         r"\.(lora_(?:down|up|mid)\.weight)": r"\1",
         r"\.(alpha|dora_scale|diff|diff_b|w_norm|b_norm)": r"\1",
@@ -24,7 +24,7 @@ _ENDS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         r"(?:[._]lora|\.lora_linear_layer)\.down\.weight": "lora_down.weight",
         r"(?:[._]lora|\.lora_linear_layer)\.up\.weight": "lora_up.weight",
         # ai-toolkit's DoRA.
-        r"\.magnitude": "dora_scale",
+        r"\.magnitude": "magnitude",
     }.items()
 )
 # Changes that are known by name and not supported: the refusal says so.
