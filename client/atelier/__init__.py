@@ -5,7 +5,7 @@
             print(event)
         client.generate("a sks blue plush octopus on a beach", adapters="otto").images[0].save("beach.png")
 
-Nothing else is public. The package is light: no torch, no Pillow.
+Nothing else is public, but for `atelier.replay`. The package is light: no torch, no Pillow.
 """
 
 from atelier.aio import AsyncClient
@@ -72,6 +72,7 @@ from atelier.records import (
     Training,
     TrainingImage,
 )
+from atelier.selection import Selection
 
 __all__ = [
     "AbortedError",
@@ -117,6 +118,7 @@ __all__ = [
     "Resource",
     "ResourceExhaustedError",
     "Sample",
+    "Selection",
     "ServerInfo",
     "Timings",
     "Training",

@@ -22,6 +22,7 @@ from atelier.records import (
     TrainingImage,
 )
 from atelier.security import Security
+from atelier.selection import Adapters
 from atelier.v1 import server_pb2, training_pb2
 from atelier.v1.adapter_pb2_grpc import AdapterServiceStub
 from atelier.v1.generation_pb2_grpc import GenerationServiceStub
@@ -86,7 +87,7 @@ class AsyncClient(AsyncAdapterCalls, AsyncCraftCalls):
         self,
         prompt: str,
         *,
-        adapters: str | Sequence[str] = (),
+        adapters: Adapters = (),
         request_id: str | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 -- goes to the server as the deadline
         **fields: Unpack[GenerateFields],
@@ -104,7 +105,7 @@ class AsyncClient(AsyncAdapterCalls, AsyncCraftCalls):
         self,
         prompt: str,
         *,
-        adapters: str | Sequence[str] = (),
+        adapters: Adapters = (),
         request_id: str | None = None,
         timeout: float | None = None,
         **fields: Unpack[GenerateFields],

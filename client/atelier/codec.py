@@ -14,16 +14,17 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from atelier import fields, selection, transfer, wire
+from atelier import fields, transfer, wire
 from atelier.control import Control
 from atelier.events import Completed, GenerationEvent, GenerationResult, Image, TrainingEvent
 from atelier.records import TrainingImage
+from atelier.selection import Adapters, Selection, steps_of
 from atelier.v1 import adapter_pb2, generation_pb2, training_pb2
 
 
 def generate_request(
     prompt: str,
-    adapters: str | Sequence[str],
+    adapters: Adapters,
     request_id: str | None,
     values: Mapping[str, object],
 ) -> generation_pb2.GenerateRequest:
@@ -34,9 +35,10 @@ def generate_request(
     """
     fields.check("generate", values, fields.GenerateFields.__annotations__)
     request = generation_pb2.GenerateRequest(request_id=request_id or str(uuid.uuid4()))
-    chosen = [adapters] if isinstance(adapters, str) else list(adapters)
-    steps = selection.steps_of(values)
-    request.adapters.extend(selection.selection(reference, steps) for reference in chosen)
+    chosen = [adapters] if isinstance(adapters, str | Selection) else adapters
+    steps = steps_of(values)
+    for one in chosen:
+        request.adapters.append((Selection.of(one, steps) if isinstance(one, str) else one).message())
     fill(request, {"seed": None, **values, "prompt": prompt})
     if not request.HasField("seed"):
         request.seed = secrets.randbits(32)

@@ -144,6 +144,7 @@ class Receipt:
     strength: float | None = None
     controlnets: tuple[ReceiptControlNet, ...] = ()
     clip_skip: int = 0
+    batch_buckets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

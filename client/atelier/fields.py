@@ -37,6 +37,7 @@ class GenerateFields(TypedDict, total=False):
         Literal["fast", "strict"], "strict: same bits whatever else runs (default: fast)"
     ]
     batch_bucket: Annotated[int, "rows of a strict forward: 2, 4, 8 or 16 (default: 8)"]
+    batch_buckets: Annotated[Sequence[int], "rows of each forward in turn, as in a receipt; repeats"]
     image_format: Annotated[Literal["png", "jpeg", "webp"], "file format (default: png)"]
     priority: Annotated[
         Literal["low", "normal", "high"],

@@ -7,7 +7,9 @@ step; the last one holds).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
 from atelier.v1 import generation_pb2
 
@@ -16,21 +18,37 @@ _RAMP = re.compile(r"([^:]*):([^.]*(?:\.[^.]+)?)\.\.(.+)")
 _STEPS, _STRENGTH = 50, 0.8
 
 
-def selection(reference: str, steps: int) -> generation_pb2.AdapterSelection:
-    """The message for a reference; `steps` are a picture's. ValueError for a weight that is no number.
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """An adapter: NAME[@STEP|@TAG][:WEIGHT], or without :WEIGHT and with `weights`, one a step.
 
-    A plain reference goes as it is: the server says what is wrong with it.
+    `sha256` pins the checkpoint, whatever version and step it is of.
     """
-    if ramp := _RAMP.fullmatch(reference):
-        name, first, last = ramp[1], _number(reference, ramp[2]), _number(reference, ramp[3])
-        spans = max(steps - 1, 1)
-        weights = [first + (last - first) * step / spans for step in range(max(steps, 1))]
-        return generation_pb2.AdapterSelection(adapter=name, weights=weights)
-    name, _, listed = reference.partition(":")
-    if "," in listed:
-        weights = [_number(reference, weight) for weight in listed.split(",")]
-        return generation_pb2.AdapterSelection(adapter=name, weights=weights)
-    return generation_pb2.AdapterSelection(adapter=reference)
+
+    adapter: str
+    weights: Sequence[float] = ()
+    sha256: str = ""
+
+    @classmethod
+    def of(cls, reference: str, steps: int) -> Selection:
+        """As text; `steps` are a picture's. ValueError for a weight that is no number.
+
+        A plain reference stays as it is: the server says what is wrong with it.
+        """
+        if ramp := _RAMP.fullmatch(reference):
+            name, first, last = ramp[1], _number(reference, ramp[2]), _number(reference, ramp[3])
+            spans = max(steps - 1, 1)
+            return cls(name, [first + (last - first) * step / spans for step in range(max(steps, 1))])
+        name, _, listed = reference.partition(":")
+        if "," in listed:
+            return cls(name, [_number(reference, weight) for weight in listed.split(",")])
+        return cls(reference)
+
+    def message(self) -> generation_pb2.AdapterSelection:
+        return generation_pb2.AdapterSelection(adapter=self.adapter, weights=self.weights, sha256=self.sha256)
+
+
+Adapters: TypeAlias = str | Selection | Sequence[str | Selection]
 
 
 def steps_of(values: Mapping[str, object]) -> int:

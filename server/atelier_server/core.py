@@ -203,6 +203,7 @@ class GenerationJob:
     controlnets: tuple[ControlUse, ...] = ()
     clip_skip: int = 0
     preview_steps: int = 0  # a preview every so many steps; 0 = none
+    buckets: tuple[int, ...] = ()  # of each of a picture's forwards, where they differ; the last one holds
     # Whose it is, where several share the device; and how it counts among them.
     client: str = ""
     priority: Priority = Priority.NORMAL
@@ -216,6 +217,10 @@ class GenerationJob:
         """Steps that a picture takes: fewer than `num_inference_steps` where it begins with another."""
         n = self.num_inference_steps
         return steps_walked(n, self.init.strength) if self.init else n
+
+    def bucket_at(self, forward: int) -> int:
+        """The exact number of rows of a picture's forward, counted from 0; 0 in fast mode."""
+        return self.buckets[min(forward, len(self.buckets) - 1)] if self.buckets else self.bucket
 
     @property
     def rows_per_image(self) -> int:

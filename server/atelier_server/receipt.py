@@ -5,7 +5,7 @@ The field names are those of the contract's `Receipt`, in the file's JSON as wel
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from atelier_server.core import BaseInfo, GenerationJob, Mode
@@ -66,14 +66,20 @@ class Receipt:
     strength: float | None = None
     controlnets: tuple[ControlNetReceipt, ...] = ()
     clip_skip: int = 0
+    batch_buckets: tuple[int, ...] = ()
 
     def embedded(self) -> dict[str, object]:
         """As JSON takes it, without what is not set."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def receipt(job: GenerationJob, base: BaseInfo, *, seed: int, num_images: int, bucket: int) -> Receipt:
-    """Of `num_images` pictures of a job, the first of which has `seed`, painted in `bucket` rows at most."""
+def receipt(
+    job: GenerationJob, base: BaseInfo, *, seed: int, num_images: int, buckets: Sequence[int]
+) -> Receipt:
+    """Of `num_images` pictures of a job, the first of which has `seed`.
+
+    `buckets`: of every forward of one picture, or the largest of all of theirs alone.
+    """
     return Receipt(
         base_model=base.reference,
         base_sha256=base.sha256,
@@ -99,7 +105,8 @@ def receipt(job: GenerationJob, base: BaseInfo, *, seed: int, num_images: int, b
         width=job.width,
         height=job.height,
         reproducibility=job.mode,
-        batch_bucket=job.bucket or bucket,
+        batch_bucket=max(buckets, default=job.bucket),
+        batch_buckets=tuple(buckets) if len(set(buckets)) > 1 else (),
         dtype=base.dtype,
         device=base.device,
         versions=dict(base.versions),

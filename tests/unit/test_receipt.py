@@ -22,8 +22,9 @@ def test_its_fields_are_those_of_the_contract() -> None:
 
 def test_a_fast_picture_names_the_bucket_it_was_painted_in() -> None:
     job = generation("g", adapters=(use("otto", 750, weight=0.5),))
-    made = receipt(job, BASE, seed=4, num_images=1, bucket=4)
+    made = receipt(job, BASE, seed=4, num_images=1, buckets=[2, 4, 2])
     assert (made.reproducibility, made.batch_bucket, made.seed) == (Mode.FAST, 4, 4)
+    assert made.batch_buckets == (2, 4, 2)
     embedded = json.loads(json.dumps(made.embedded()))
     assert embedded["adapters"] == [
         {"name": "otto", "version": 1, "step": 750, "weight": 0.5, "sha256": "", "weights": []}
@@ -33,9 +34,9 @@ def test_a_fast_picture_names_the_bucket_it_was_painted_in() -> None:
 
 def test_a_strict_one_names_its_own() -> None:
     job = generation("g", mode=Mode.STRICT, bucket=8)
-    assert receipt(job, BASE, seed=4, num_images=1, bucket=0).batch_bucket == 8
+    assert receipt(job, BASE, seed=4, num_images=1, buckets=[8, 8]).batch_buckets == ()
 
 
 def test_an_adapter_is_named_as_its_tenant_names_it() -> None:
-    made = receipt(generation("g", adapters=(use("red/otto", 750),)), BASE, seed=4, num_images=1, bucket=4)
+    made = receipt(generation("g", adapters=(use("red/otto", 750),)), BASE, seed=4, num_images=1, buckets=[4])
     assert made.adapters[0].name == "otto"

@@ -53,7 +53,8 @@ def _flag(name: str, hint: Any, panel: str) -> inspect.Parameter:
     kind, text = get_args(hint)
     kebab = f"--{name.replace('_', '-')}"
     declaration = f"{kebab}/--no-{kebab[2:]}" if kind is bool else kebab
-    value = list[str] if get_origin(kind) is get_origin(Sequence[str]) else kind
+    several: Any = list
+    value = several[get_args(kind)[0]] if get_origin(kind) is get_origin(Sequence[str]) else kind
     file: dict[str, Any] = {}
     if kind == Controls:
         # One at a time, as --adapter.

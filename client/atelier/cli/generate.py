@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from atelier.cli import flags, hints, output
+from atelier.cli import flags, hints, output, replayed
 from atelier.cli.connection import connect
 from atelier.events import Completed, GenerationEvent, Image, Preview, Progress, Queued
 from atelier.fields import GenerateFields
@@ -20,7 +20,7 @@ SHEET_COLUMNS = 4
 
 @flags.with_fields(GenerateFields, "Request")
 def generate(
-    prompt: Annotated[str, typer.Argument(help="what to paint; may be empty")],
+    prompt: Annotated[str | None, typer.Argument(help="what to paint; may be empty")] = None,
     *,
     adapter: Annotated[
         list[str] | None,
@@ -34,11 +34,25 @@ def generate(
         typer.Option("-o", "--output", help="several pictures get -0, -1, ... (default: out.png)"),
     ] = None,
     sheet: Annotated[Path | None, typer.Option(help="also a contact sheet of all pictures")] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="instead of a prompt: paint this picture again from the receipt in it, and compare",
+        ),
+    ] = None,
     server: flags.Server = flags.DEFAULT_SERVER,
     json: flags.Json = False,
     fields: dict[str, Any],
 ) -> None:
-    """Paint pictures. The file format follows the suffix of -o."""
+    """Paint pictures, or one again. The file format follows the suffix of -o."""
+    if replay is not None:
+        replayed.run(server, replay, prompt=prompt, adapters=adapter, out=out, json=json, fields=fields)
+        return
+    if prompt is None:
+        raise typer.BadParameter("what is to be painted? (or --replay FILE)", param_hint="PROMPT")
     target = _target(out, fields)
     adapters = adapter or []
     with connect(server) as client:

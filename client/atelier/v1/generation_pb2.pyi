@@ -206,6 +206,7 @@ class GenerateRequest(_message.Message):
     MASK_IMAGE_FIELD_NUMBER: _builtins.int
     CLIP_SKIP_FIELD_NUMBER: _builtins.int
     PREVIEW_STEPS_FIELD_NUMBER: _builtins.int
+    BATCH_BUCKETS_FIELD_NUMBER: _builtins.int
     CONTROLNETS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
@@ -275,6 +276,12 @@ class GenerateRequest(_message.Message):
         """At most the server's `max_adapters_per_image`; their changes add up."""
 
     @_builtins.property
+    def batch_buckets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Instead of `batch_bucket`: the rows of each of a picture's forwards in turn; the last one holds. This is
+        how a `fast` picture whose neighbours came and went is painted again: its receipt has them.
+        """
+
+    @_builtins.property
     def controlnets(self) -> _containers.RepeatedCompositeFieldContainer[Global___ControlNetSelection]:
         """Any number of different ones; what they add to the U-Net adds up."""
 
@@ -307,12 +314,13 @@ class GenerateRequest(_message.Message):
         mask_image: _builtins.bytes = ...,
         clip_skip: _builtins.int | None = ...,
         preview_steps: _builtins.int | None = ...,
+        batch_buckets: _abc.Iterable[_builtins.int] | None = ...,
         controlnets: _abc.Iterable[Global___ControlNetSelection] | None = ...,
         priority: Global___Priority.ValueType | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_bucket", b"_batch_bucket", "_clip_skip", b"_clip_skip", "_eta", b"_eta", "_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_format", b"_image_format", "_negative_prompt", b"_negative_prompt", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_preview_steps", b"_preview_steps", "_priority", b"_priority", "_reproducibility", b"_reproducibility", "_rescale_betas_zero_snr", b"_rescale_betas_zero_snr", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_timestep_spacing", b"_timestep_spacing", "_use_beta_sigmas", b"_use_beta_sigmas", "_use_exponential_sigmas", b"_use_exponential_sigmas", "_use_karras_sigmas", b"_use_karras_sigmas", "_width", b"_width", "batch_bucket", b"batch_bucket", "clip_skip", b"clip_skip", "eta", b"eta", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "image_format", b"image_format", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "preview_steps", b"preview_steps", "priority", b"priority", "reproducibility", b"reproducibility", "rescale_betas_zero_snr", b"rescale_betas_zero_snr", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "timestep_spacing", b"timestep_spacing", "use_beta_sigmas", b"use_beta_sigmas", "use_exponential_sigmas", b"use_exponential_sigmas", "use_karras_sigmas", b"use_karras_sigmas", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_bucket", b"_batch_bucket", "_clip_skip", b"_clip_skip", "_eta", b"_eta", "_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_format", b"_image_format", "_negative_prompt", b"_negative_prompt", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_preview_steps", b"_preview_steps", "_priority", b"_priority", "_reproducibility", b"_reproducibility", "_rescale_betas_zero_snr", b"_rescale_betas_zero_snr", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_timestep_spacing", b"_timestep_spacing", "_use_beta_sigmas", b"_use_beta_sigmas", "_use_exponential_sigmas", b"_use_exponential_sigmas", "_use_karras_sigmas", b"_use_karras_sigmas", "_width", b"_width", "adapters", b"adapters", "batch_bucket", b"batch_bucket", "clip_skip", b"clip_skip", "controlnets", b"controlnets", "eta", b"eta", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_format", b"image_format", "mask_image", b"mask_image", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "preview_steps", b"preview_steps", "priority", b"priority", "prompt", b"prompt", "reproducibility", b"reproducibility", "request_id", b"request_id", "rescale_betas_zero_snr", b"rescale_betas_zero_snr", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "timestep_spacing", b"timestep_spacing", "use_beta_sigmas", b"use_beta_sigmas", "use_exponential_sigmas", b"use_exponential_sigmas", "use_karras_sigmas", b"use_karras_sigmas", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_bucket", b"_batch_bucket", "_clip_skip", b"_clip_skip", "_eta", b"_eta", "_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_image_format", b"_image_format", "_negative_prompt", b"_negative_prompt", "_num_images", b"_num_images", "_num_inference_steps", b"_num_inference_steps", "_preview_steps", b"_preview_steps", "_priority", b"_priority", "_reproducibility", b"_reproducibility", "_rescale_betas_zero_snr", b"_rescale_betas_zero_snr", "_scheduler", b"_scheduler", "_seed", b"_seed", "_strength", b"_strength", "_timestep_spacing", b"_timestep_spacing", "_use_beta_sigmas", b"_use_beta_sigmas", "_use_exponential_sigmas", b"_use_exponential_sigmas", "_use_karras_sigmas", b"_use_karras_sigmas", "_width", b"_width", "adapters", b"adapters", "batch_bucket", b"batch_bucket", "batch_buckets", b"batch_buckets", "clip_skip", b"clip_skip", "controlnets", b"controlnets", "eta", b"eta", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "image_format", b"image_format", "mask_image", b"mask_image", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "preview_steps", b"preview_steps", "priority", b"priority", "prompt", b"prompt", "reproducibility", b"reproducibility", "request_id", b"request_id", "rescale_betas_zero_snr", b"rescale_betas_zero_snr", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "timestep_spacing", b"timestep_spacing", "use_beta_sigmas", b"use_beta_sigmas", "use_exponential_sigmas", b"use_exponential_sigmas", "use_karras_sigmas", b"use_karras_sigmas", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_bucket: _TypeAlias = _typing.Literal["batch_bucket"]  # noqa: Y015
     _WhichOneofArgType__batch_bucket: _TypeAlias = _typing.Literal["_batch_bucket", b"_batch_bucket"]  # noqa: Y015
@@ -740,6 +748,7 @@ class Receipt(_message.Message):
     MASK_IMAGE_SHA256_FIELD_NUMBER: _builtins.int
     STRENGTH_FIELD_NUMBER: _builtins.int
     CLIP_SKIP_FIELD_NUMBER: _builtins.int
+    BATCH_BUCKETS_FIELD_NUMBER: _builtins.int
     CONTROLNETS_FIELD_NUMBER: _builtins.int
     base_model: _builtins.str
     base_sha256: _builtins.str
@@ -778,6 +787,10 @@ class Receipt(_message.Message):
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
+    def batch_buckets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """In a picture's file, where its forwards had different numbers of rows: those of each in turn."""
+
+    @_builtins.property
     def controlnets(self) -> _containers.RepeatedCompositeFieldContainer[Global___Receipt.ControlNet]: ...
     def __init__(
         self,
@@ -811,11 +824,12 @@ class Receipt(_message.Message):
         mask_image_sha256: _builtins.str = ...,
         strength: _builtins.float | None = ...,
         clip_skip: _builtins.int = ...,
+        batch_buckets: _abc.Iterable[_builtins.int] | None = ...,
         controlnets: _abc.Iterable[Global___Receipt.ControlNet] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_eta", b"_eta", "_rescale_betas_zero_snr", b"_rescale_betas_zero_snr", "_strength", b"_strength", "_timestep_spacing", b"_timestep_spacing", "_use_beta_sigmas", b"_use_beta_sigmas", "_use_exponential_sigmas", b"_use_exponential_sigmas", "_use_karras_sigmas", b"_use_karras_sigmas", "create_time", b"create_time", "eta", b"eta", "rescale_betas_zero_snr", b"rescale_betas_zero_snr", "strength", b"strength", "timestep_spacing", b"timestep_spacing", "use_beta_sigmas", b"use_beta_sigmas", "use_exponential_sigmas", b"use_exponential_sigmas", "use_karras_sigmas", b"use_karras_sigmas"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eta", b"_eta", "_rescale_betas_zero_snr", b"_rescale_betas_zero_snr", "_strength", b"_strength", "_timestep_spacing", b"_timestep_spacing", "_use_beta_sigmas", b"_use_beta_sigmas", "_use_exponential_sigmas", b"_use_exponential_sigmas", "_use_karras_sigmas", b"_use_karras_sigmas", "adapters", b"adapters", "base_model", b"base_model", "base_sha256", b"base_sha256", "batch_bucket", b"batch_bucket", "clip_skip", b"clip_skip", "controlnets", b"controlnets", "create_time", b"create_time", "device", b"device", "dtype", b"dtype", "eta", b"eta", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "image_sha256", b"image_sha256", "mask_image_sha256", b"mask_image_sha256", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "prompt", b"prompt", "reproducibility", b"reproducibility", "rescale_betas_zero_snr", b"rescale_betas_zero_snr", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "timestep_spacing", b"timestep_spacing", "use_beta_sigmas", b"use_beta_sigmas", "use_exponential_sigmas", b"use_exponential_sigmas", "use_karras_sigmas", b"use_karras_sigmas", "versions", b"versions", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eta", b"_eta", "_rescale_betas_zero_snr", b"_rescale_betas_zero_snr", "_strength", b"_strength", "_timestep_spacing", b"_timestep_spacing", "_use_beta_sigmas", b"_use_beta_sigmas", "_use_exponential_sigmas", b"_use_exponential_sigmas", "_use_karras_sigmas", b"_use_karras_sigmas", "adapters", b"adapters", "base_model", b"base_model", "base_sha256", b"base_sha256", "batch_bucket", b"batch_bucket", "batch_buckets", b"batch_buckets", "clip_skip", b"clip_skip", "controlnets", b"controlnets", "create_time", b"create_time", "device", b"device", "dtype", b"dtype", "eta", b"eta", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "image_sha256", b"image_sha256", "mask_image_sha256", b"mask_image_sha256", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "prompt", b"prompt", "reproducibility", b"reproducibility", "rescale_betas_zero_snr", b"rescale_betas_zero_snr", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "timestep_spacing", b"timestep_spacing", "use_beta_sigmas", b"use_beta_sigmas", "use_exponential_sigmas", b"use_exponential_sigmas", "use_karras_sigmas", b"use_karras_sigmas", "versions", b"versions", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__eta: _TypeAlias = _typing.Literal["eta"]  # noqa: Y015
     _WhichOneofArgType__eta: _TypeAlias = _typing.Literal["_eta", b"_eta"]  # noqa: Y015

@@ -181,8 +181,7 @@ class Loop:
         self._send(Sample("denoise_step_seconds", monotonic() - before))
         self._send(Sample("batch_rows", float(len(batch.tasks))))
         for task, last in zip(batch.tasks, finished, strict=True):
-            task.bucket = max(task.bucket, batch.bucket)
-            task.steps_done += 1
+            task.buckets.append(batch.bucket)
             self.generations.stepped(task)
             if task.wants_preview and not last:
                 self._runner.preview(task, partial(self._put_preview, task, task.steps_done))

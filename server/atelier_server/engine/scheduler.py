@@ -29,9 +29,18 @@ class ImageTask:
     arrival: int
     checkpoints: frozenset[CheckpointId] = field(default_factory=frozenset)
     started: bool = False
-    bucket: int = 0  # the largest it has run in
-    steps_done: int = 0
+    buckets: list[int] = field(default_factory=list)  # of its forwards so far
     decoded: bool = False
+
+    @property
+    def steps_done(self) -> int:
+        """Its forwards."""
+        return len(self.buckets)
+
+    @property
+    def bucket(self) -> int:
+        """The largest that it has run in."""
+        return max(self.buckets, default=0)
 
     @property
     def wants_preview(self) -> bool:
@@ -162,6 +171,7 @@ class Scheduler:
             return None
         self._train_next = True
         oldest = {_lane(task): task.arrival for task in reversed(self._tasks)}
+        self._lanes.present(oldest)  # a picture's lane may change from forward to forward
         return self._batch(min(oldest, key=lambda lane: (self._lanes[lane], oldest[lane])))
 
     def _batch(self, lane: Lane) -> DenoiseBatch:
@@ -230,7 +240,7 @@ class _Rows:
 
 def _lane(task: ImageTask) -> Lane:
     job = task.job
-    return job.width, job.height, job.bucket, job.id if job.alone else ""
+    return job.width, job.height, job.bucket_at(task.steps_done), job.id if job.alone else ""
 
 
 def _flow(task: ImageTask) -> Flow:

@@ -69,7 +69,7 @@ class Darkroom:
                     "the picture has values that are not finite: lower the guidance or weights"
                 )
             decoded = monotonic()
-            made = receipt(task.job, self._info, seed=task.seed, num_images=1, bucket=task.bucket)
+            made = receipt(task.job, self._info, seed=task.seed, num_images=1, buckets=task.buckets)
             data = encode_picture(pixels, task.job.image_format, made.embedded())
         except Exception as error:
             done(Decoded(b"", error=error))

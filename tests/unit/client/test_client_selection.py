@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atelier import codec
-from atelier.selection import selection
+from atelier import Selection, codec
 
 
 def weights(reference: str, **fields: object) -> list[float]:
@@ -42,7 +41,7 @@ def test_what_is_no_number_is_named(reference: str) -> None:
 @given(st.text(max_size=20))
 def test_anything_else_is_the_servers_to_judge(reference: str) -> None:
     try:
-        chosen = selection(reference, 4)
+        chosen = Selection.of(reference, 4)
     except ValueError:
         return
     assert chosen.adapter == reference or chosen.weights

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
@@ -15,6 +15,7 @@ import pytest
 from atelier_server.core import CheckpointId, Mode, State
 from atelier_server.engine.loop import Loop, Message
 from atelier_server.engine.runner import OnDevice
+from atelier_server.engine.scheduler import ImageTask
 from atelier_server.engine.trainings import SampleDefaults
 from atelier_server.errors import NonfiniteLoss
 from atelier_server.messages import (
@@ -107,6 +108,23 @@ def test_previews_come_every_so_many_steps_and_never_after_the_picture() -> None
     assert told == [("a", 0, 2, b"a:0 after 2"), ("a", 1, 2, b"a:1 after 2")]
     kinds = [type(e) for e in desk.of(PreviewReady, ImageReady)]
     assert kinds.index(ImageReady) > max(i for i, kind in enumerate(kinds) if kind is PreviewReady)
+
+
+def test_a_picture_may_ask_for_the_rows_of_each_of_its_forwards() -> None:
+    """It takes others along where its rows are left over, and never has more or fewer."""
+    again = generation("again", mode=Mode.STRICT, bucket=2, buckets=(2, 8, 4), num_inference_steps=5)
+    rows: list[tuple[str, int]] = []
+    desk = Desk()
+    denoise = desk.runner.denoise
+
+    def noted(tasks: Sequence[ImageTask], bucket: int, slots: Mapping[CheckpointId, int]) -> list[bool]:
+        rows.extend((task.job.id, bucket) for task in tasks)
+        return denoise(tasks, bucket, slots)
+
+    desk.runner.denoise = noted  # type: ignore[method-assign]
+    desk.send(Submit(again), Submit(generation("other", num_inference_steps=4))).until(2)
+    assert [bucket for name, bucket in rows if name == "again"] == [2, 8, 4, 4, 4]
+    assert len([name for name, _ in rows if name == "other"]) == 4
 
 
 def test_requests_share_forwards() -> None:

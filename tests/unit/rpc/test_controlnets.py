@@ -54,7 +54,7 @@ def test_defaults_and_the_size_of_the_first() -> None:
 
 def test_a_receipt_names_what_guided_and_a_finished_job_keeps_no_picture() -> None:
     job = decoded(control(scale=0.5))
-    [use] = receipt(job, SERVED, seed=1, num_images=1, bucket=2).controlnets
+    [use] = receipt(job, SERVED, seed=1, num_images=1, buckets=[2]).controlnets
     assert (use.name, use.sha256, use.scale) == ("canny", "c0ffee", 0.5)
     assert use.image_sha256 == job.controlnets[0].image_sha256
     assert job.controlnets[0].forgotten() == replace(job.controlnets[0], image=b"")

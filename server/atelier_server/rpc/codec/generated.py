@@ -14,7 +14,7 @@ from atelier_server.rpc.codec.times import timestamp
 
 CHUNK_BYTES = 2**20
 # Fields of a receipt that are not plain scalars.
-_WRITTEN = {"adapters", "controlnets", "reproducibility", "versions"}
+_WRITTEN = {"adapters", "batch_buckets", "controlnets", "reproducibility", "versions"}
 
 
 def encode_event(event: StreamEvent, generation: Generation, base: BaseInfo) -> Iterator[pb.GenerateResponse]:
@@ -59,7 +59,7 @@ def _completed(
     event: GenerationCompleted, generation: Generation, base: BaseInfo
 ) -> pb.GenerateResponse.Completed:
     timings, job = event.timings, generation.job
-    made = receipt(job, base, seed=job.seed, num_images=job.num_images, bucket=event.bucket)
+    made = receipt(job, base, seed=job.seed, num_images=job.num_images, buckets=(event.bucket,))
     return pb.GenerateResponse.Completed(
         seed=job.seed,
         timings=pb.Timings(
@@ -89,6 +89,7 @@ def _receipt(made: Receipt, end_time: float) -> pb.Receipt:
         ],
         reproducibility=pb.REPRODUCIBILITY_STRICT if strict else pb.REPRODUCIBILITY_FAST,
         versions=made.versions,
+        batch_buckets=made.batch_buckets,
         create_time=timestamp(end_time),
     )
     for field in fields(made):

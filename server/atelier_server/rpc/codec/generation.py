@@ -33,6 +33,7 @@ from atelier_server.rpc.pictures import Verdict
 _NO_PICTURES: Mapping[str, Verdict] = MappingProxyType({})
 _MAX_GUIDANCE = 100.0
 _DEFAULT_BUCKET = 8
+_MAX_FORWARDS = 1000  # of a picture: more than any scheduler takes for any number of steps
 _MODES = {
     pb.REPRODUCIBILITY_UNSPECIFIED: Mode.FAST,
     pb.REPRODUCIBILITY_FAST: Mode.FAST,
@@ -116,6 +117,7 @@ def decode_generate(
         clip_skip=checks.integer("clip_skip", request.clip_skip, 0, base.max_clip_skip),
         mode=mode,
         bucket=bucket,
+        buckets=tuple(request.batch_buckets),
         image_format=_FORMATS.get(request.image_format, ImageFormat.PNG),
         priority=_PRIORITIES.get(request.priority, Priority.NORMAL),
     )
@@ -128,6 +130,9 @@ def _reproducibility(checks: Checks, request: pb.GenerateRequest) -> tuple[Mode,
     if request.reproducibility not in _MODES:
         checks.refuse("reproducibility", f"{request.reproducibility} is no Reproducibility")
     mode = _MODES.get(request.reproducibility, Mode.FAST)
+    if request.batch_buckets:
+        _buckets(checks, request, mode)
+        return mode, request.batch_buckets[0]
     if not request.HasField("batch_bucket"):
         return mode, _DEFAULT_BUCKET if mode is Mode.STRICT else 0
     if mode is Mode.FAST:
@@ -135,6 +140,17 @@ def _reproducibility(checks: Checks, request: pb.GenerateRequest) -> tuple[Mode,
     if request.batch_bucket not in ROW_BUCKETS:
         checks.refuse("batch_bucket", f"{request.batch_bucket} is none of {', '.join(map(str, ROW_BUCKETS))}")
     return mode, request.batch_bucket
+
+
+def _buckets(checks: Checks, request: pb.GenerateRequest, mode: Mode) -> None:
+    if mode is Mode.FAST:
+        checks.refuse("batch_buckets", "go only with REPRODUCIBILITY_STRICT")
+    if request.HasField("batch_bucket"):
+        checks.refuse("batch_buckets", "batch_bucket is set as well; give one of the two")
+    if len(request.batch_buckets) > _MAX_FORWARDS:
+        checks.refuse("batch_buckets", f"{len(request.batch_buckets)} are more than {_MAX_FORWARDS}")
+    if odd := [bucket for bucket in request.batch_buckets if bucket not in ROW_BUCKETS]:
+        checks.refuse("batch_buckets", f"{odd[0]} is none of {', '.join(map(str, ROW_BUCKETS))}")
 
 
 def _size(
