@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from atelier_server.adapters.canonical import LoraModule, Module
 from atelier_server.adapters.changes import change_of
 
-_OVERSAMPLING, _POWER_ITERATIONS = 16, 6
+_OVERSAMPLING, _POWER_ITERATIONS = 16, 12
 _ROUNDING = 1e-6  # of the largest singular value
 
 
