@@ -94,8 +94,7 @@ def run(*, quick: bool) -> list[Row]:
             answers = _ask(prometheus, began, time.time())
             broken = [rule["name"] for rule in prometheus.rules() if rule["health"] != "ok"]
             seen = Seen(visits, watched, left, answers, _counted(server), len(broken))
-    if not quick:
-        picture.draw(answers, IMAGE)
+        picture.draw(answers, folder / "dashboard.webp" if quick else IMAGE)
     return _rows(seen, quick)
 
 

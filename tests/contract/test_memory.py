@@ -22,7 +22,7 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 def _generations() -> int:
-    return sum(isinstance(thing, Generation) for thing in gc.get_objects())
+    return sum(type(thing) is Generation for thing in gc.get_objects())
 
 
 async def _gone() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import Counter, Gauge, Histogram, generate_latest
 
@@ -137,6 +137,7 @@ LISTED = [metric.name for metric in TABLE if metric.labels and all(metric.labels
 METRICS = Metrics()
 
 
+@settings(max_examples=30)
 @given(st.sampled_from(LISTED), st.lists(st.text(max_size=20), max_size=3))
 def test_no_words_of_others_become_a_series(name: str, labels: list[str]) -> None:
     before = series(METRICS)

@@ -6,15 +6,12 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from benchmarks.load import drift, quantile
 from benchmarks.panels import filled, legend, panels
-from benchmarks.picture import draw, scale
-from benchmarks.prometheus import Series
+from benchmarks.picture import scale
 from benchmarks.visitors import EXPECTED, SHARES, kinds, wish
 
 
@@ -70,14 +67,6 @@ def test_queries_are_asked_as_grafana_fills_them_in() -> None:
 )
 def test_values_are_shown_in_their_unit(top: float, unit: str, expected: tuple[float, str]) -> None:
     assert scale(top, unit) == expected
-
-
-def test_a_picture_is_drawn_of_every_panel(tmp_path: Path) -> None:
-    line = Series({"instance": "127.0.0.1:9090"}, ((10.0, 0.0), (70.0, 3.0)))
-    draw([(panel, [[line] for _ in panel.targets]) for panel in panels()], tmp_path / "images" / "x.webp")
-    with Image.open(tmp_path / "images" / "x.webp") as image:
-        assert image.format == "WEBP"
-        assert image.width > 1000
 
 
 @pytest.mark.process
