@@ -86,9 +86,11 @@ def merged(family: str, mixed: bool) -> Mapping[str, Tensor]:
         return {name: forward(components, name) for name in components}
 
 
-@pytest.mark.parametrize("text_encoders", [True, False], ids=["with-te", "unet-only"])
-@pytest.mark.parametrize("mixed", [False, True], ids=["uniform", "mixed"])
-@pytest.mark.parametrize("tool", EVERY_FORMAT)
+CASES = [(tool, mixed, True) for tool in EVERY_FORMAT for mixed in (False, True)]
+CASES += [(tool, True, False) for tool in ("kohya", "diffusers", "peft")]
+
+
+@pytest.mark.parametrize(("tool", "mixed", "text_encoders"), CASES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_forward_is_that_of_merged_weights(
     family: str, tool: str, mixed: bool, text_encoders: bool, tmp_path: Path
@@ -100,10 +102,10 @@ def test_a_forward_is_that_of_merged_weights(
     if tool != "ai-toolkit-peft":
         assert {n: m.alpha for n, m in adapter.low_rank.items()} == {n: m.alpha for n, m in written.items()}
     place.bank.load(1, adapter)
-    rows = place.bank.gather([[(1, 1.0)]] * ROWS)
     for name in place.plain:
         if name != "unet" and not text_encoders:
             continue
+        rows = place.bank.gather([[(1, 1.0)]] * ROWS, (name,))
         with torch.no_grad(), place.bank.use(rows):
             ours = forward(place.wrapped, name)
         theirs = merged(family, mixed)[name]

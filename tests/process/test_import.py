@@ -57,7 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, changes: foreign.Changes) ->
 def paint(client: Client, adapter: str) -> bytes:
     return (
         client.generate(
-            "a blue octopus", adapters=adapter, seed=3, num_inference_steps=4, reproducibility="strict"
+            "a blue octopus", adapters=adapter, seed=3, num_inference_steps=2, reproducibility="strict"
         )
         .images[0]
         .data
