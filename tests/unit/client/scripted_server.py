@@ -264,6 +264,33 @@ class Adapters(AdapterServiceServicer):
         adapter.note = request.note
         return adapter_pb2.AnnotateAdapterResponse(adapter=adapter)
 
+    def MergeAdapters(self, request: Any, context: Any) -> adapter_pb2.MergeAdaptersResponse:
+        self.script.calls.append(request)
+        self.script.check(context)
+        return adapter_pb2.MergeAdaptersResponse(adapter=self.adapter(request.name), kept=0.75)
+
+    def ExtractAdapter(self, request: Any, context: Any) -> Iterator[adapter_pb2.ExtractAdapterResponse]:
+        self.script.calls.append(request)
+        self.script.check(context)
+        message = adapter_pb2.ExtractAdapterResponse
+        for layer in range(3):
+            yield message(progress=message.Progress(layer=layer, total=2))
+        if request.name != "cut-off":
+            yield message(completed=message.Completed(adapter=self.adapter(request.name), kept=0.5))
+
+    def DiffAdapters(self, request: Any, context: Any) -> adapter_pb2.DiffAdaptersResponse:
+        self.script.check(context)
+        message = adapter_pb2.DiffAdaptersResponse
+        return message(
+            a=f"{request.a}@6",
+            b=f"{request.b}@6",
+            only_a=[f"unet.{n}" for n in range(12)],
+            common=2,
+            differing=[message.Module(name="unet.x", kind_a="lora", rank_a=4, alpha_a=2, kind_b="full")],
+            blocks=[message.Block(block="unet.mid_block", norm_a=1, norm_b=2, norm_difference=3, cosine=-1)],
+            whole=message.Block(norm_a=1),
+        )
+
     def ImportAdapter(self, request_iterator: Any, context: Any) -> adapter_pb2.ImportAdapterResponse:
         self.script.imports.append(list(request_iterator))
         return adapter_pb2.ImportAdapterResponse(
