@@ -18,6 +18,7 @@ from atelier import (
     ResourceExhaustedError,
 )
 from atelier.events import TrainingAccepted, TrainingCompleted
+from atelier_server.config import Limits
 from tests.contract.harness import Service, Start, picture
 
 TOKENS = {name: name[0] * 40 for name in ("red", "blue", "default")}
@@ -226,3 +227,16 @@ async def test_quotas_are_a_tenants_own(start: Start, tokens: Path, tmp_path: Pa
         await anext(aiter(held))
         assert await exceeded(trained(red, "more", max_train_steps=1)) == ("max_trainings", True)
         await trained(blue, max_train_steps=20)
+
+
+async def test_a_tenant_with_a_crowd_keeps_no_other_out(start: Start, tokens: Path) -> None:
+    service = await start(tokens_file=tokens, limits=Limits(max_queued_trainings=1))
+    address = f"127.0.0.1:{service.application.port}"
+    async with (
+        AsyncClient(address, token=TOKENS["red"]) as red,
+        AsyncClient(address, token=TOKENS["blue"]) as blue,
+    ):
+        await anext(aiter(red.train("held", **{**RECIPE, "instance_prompt": "hold"})))
+        with pytest.raises(ResourceExhaustedError, match="QUEUE_FULL"):
+            await trained(red, "more")
+        await trained(blue)

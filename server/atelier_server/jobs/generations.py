@@ -90,9 +90,10 @@ class Generations:
             return reader
         if self.draining:
             raise ServerDraining("the server is going away")
-        if len(self._live) >= self._limit:
-            raise QueueFull(f"{self._limit} generations are waiting or running")
         held = sum(g.job.num_images for g in self._live.values() if g.tenant == tenant.name)
+        # A full queue is full for those who are in it: nobody's crowd keeps another tenant out.
+        if len(self._live) >= self._limit and held:
+            raise QueueFull(f"{self._limit} generations are waiting or running")
         check_images(tenant, held, job.num_images)
         generation = Generation(
             job,

@@ -78,7 +78,8 @@ class Trainings:
             return known
         if self.draining:
             raise ServerDraining("the server is going away")
-        if self._runs.count >= self._limit:
+        # Full for those who are in it, as the queue of generations.
+        if self._runs.count >= self._limit and self._runs.count_of(tenant.scope.owns):
             raise QueueFull(f"{self._limit} trainings are waiting or running")
         if not draft.new_version and await asyncio.to_thread(self.taken, draft.name):
             raise AdapterExists(f"adapter {draft.name!r} exists; set new_version to go on", name=draft.name)

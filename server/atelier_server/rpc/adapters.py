@@ -42,7 +42,7 @@ from atelier_server.rpc.codec.listing import (
 )
 from atelier_server.rpc.codec.times import timestamp
 from atelier_server.rpc.interceptors import Context
-from atelier_server.rpc.receive import heard_out, receive_file
+from atelier_server.rpc.receive import receive_file
 
 
 class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
@@ -110,18 +110,17 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
     async def ImportAdapter(
         self, request_iterator: AsyncIterator[pb.ImportAdapterRequest], context: Context
     ) -> pb.ImportAdapterResponse:
-        async with heard_out(request_iterator):
-            first = await anext(aiter(request_iterator), None)
-            if first is None or first.WhichOneof("payload") != "metadata":
-                raise InvalidRequest.of([Violation("metadata", "must be the first message")])
-            metadata = first.metadata
-            name, terms = decode_import(metadata, self._limits)
-            await self._wardrobe.check_name(name, new_version=metadata.new_version)
-            with self._wardrobe.uploads.turn():
-                async with self._source(request_iterator, metadata) as source:
-                    listed, answer = await self._wardrobe.adopt(
-                        source, name, new_version=metadata.new_version, terms=terms
-                    )
+        first = await anext(aiter(request_iterator), None)
+        if first is None or first.WhichOneof("payload") != "metadata":
+            raise InvalidRequest.of([Violation("metadata", "must be the first message")])
+        metadata = first.metadata
+        name, terms = decode_import(metadata, self._limits)
+        await self._wardrobe.check_name(name, new_version=metadata.new_version)
+        with self._wardrobe.uploads.turn():
+            async with self._source(request_iterator, metadata) as source:
+                listed, answer = await self._wardrobe.adopt(
+                    source, name, new_version=metadata.new_version, terms=terms
+                )
         return pb.ImportAdapterResponse(
             adapter=encode_listed(listed),
             detected_format=answer.report.format,

@@ -18,7 +18,10 @@ _CLASSES = {"Generate": GENERATE, "Train": TRAIN, "WatchTraining": TRAIN}
 
 
 class Admission:
-    """Classes apart: a thousand watchers of trainings keep nobody from listing adapters."""
+    """Classes apart: a thousand watchers of trainings keep nobody from listing adapters.
+
+    And a full house is full for those who are in it: a tenant that has no call open in a class may open one.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = {
@@ -27,16 +30,22 @@ class Admission:
             CONTROL: limits.max_control_calls,
         }
         self._open: Counter[str] = Counter()
+        self._held: Counter[tuple[str, str]] = Counter()
 
     @contextmanager
-    def enter(self, method: str) -> Iterator[None]:
-        """For the length of a call of `method`, /package.Service/Name. Raises TooManyCalls."""
+    def enter(self, method: str, tenant: str) -> Iterator[None]:
+        """For the length of a tenant's call of `method`, /package.Service/Name. Raises TooManyCalls."""
         kind = _CLASSES.get(method.rpartition("/")[2], CONTROL)
         limit = self._limits[kind]
-        if self._open[kind] >= limit:
+        key = (kind, tenant)
+        if self._open[kind] >= limit and self._held[key]:
             raise TooManyCalls(f"{limit} {kind} calls are open", {"class": kind, "limit": str(limit)})
         self._open[kind] += 1
+        self._held[key] += 1
         try:
             yield
         finally:
             self._open[kind] -= 1
+            self._held[key] -= 1
+            if not self._held[key]:
+                del self._held[key]

@@ -26,9 +26,11 @@ def scope() -> Scope:
     return tenant().scope
 
 
-async def identify(identity: Identity, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-    """Raises Unauthenticated."""
-    _TENANT.set(await identity.tenant(_shown(context)))
+async def identify(identity: Identity, context: grpc.aio.ServicerContext[Any, Any]) -> Tenant:
+    """Whose the call is, from now on to its end. Raises Unauthenticated."""
+    found = await identity.tenant(_shown(context))
+    _TENANT.set(found)
+    return found
 
 
 def _shown(context: grpc.aio.ServicerContext[Any, Any]) -> Shown:

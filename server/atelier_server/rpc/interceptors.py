@@ -8,7 +8,7 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing, suppress
+from contextlib import aclosing, nullcontext, suppress
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +21,7 @@ from atelier_server.errors import AtelierError, InvalidRequest, SlowConsumer
 from atelier_server.metrics import Metrics
 from atelier_server.rpc import caller, outward, status
 from atelier_server.rpc.admission import Admission
+from atelier_server.rpc.receive import heard_out
 from atelier_server.traces import Tracer
 
 REQUEST_ID = "x-request-id"
@@ -61,20 +62,21 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler is None or method.startswith(_FOR_ALL):
             return handler
         inner: Callable[..., Any] = _behaviour(handler)
+        hearing = heard_out if handler.request_streaming else nullcontext
 
         async def unary(request: Any, context: Context) -> Any:
-            async with _Call(method, context, self._metrics, self._tracer):
-                await caller.identify(self._identity, context)
-                with self._admission.enter(method):
+            async with _Call(method, context, self._metrics, self._tracer), hearing(request):
+                tenant = await caller.identify(self._identity, context)
+                with self._admission.enter(method, tenant.name):
                     answer = await inner(request, context)
                 outward.strip(answer, caller.scope())
                 return answer
 
         # It writes instead of yielding: so it knows how long nobody has read.
         async def stream(request: Any, context: Context) -> None:
-            async with _Call(method, context, self._metrics, self._tracer):
-                await caller.identify(self._identity, context)
-                with self._admission.enter(method):
+            async with _Call(method, context, self._metrics, self._tracer), hearing(request):
+                tenant = await caller.identify(self._identity, context)
+                with self._admission.enter(method, tenant.name):
                     async with aclosing(inner(request, context)) as answers:
                         async for answer in answers:
                             outward.strip(answer, caller.scope())

@@ -21,7 +21,7 @@ from atelier_server.rpc.codec.checks import Checks
 from atelier_server.rpc.codec.training import decode_start, decode_training, encode_event, encode_training
 from atelier_server.rpc.interceptors import Context, on_end
 from atelier_server.rpc.pictures import PictureCheck
-from atelier_server.rpc.receive import PictureReader, heard_out
+from atelier_server.rpc.receive import PictureReader
 
 _log = logging.getLogger(__name__)
 # A message may have 4 MiB in all; a sample beyond that is told without its picture.
@@ -40,11 +40,10 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
     async def Train(
         self, request_iterator: AsyncIterator[pb.TrainRequest], context: Context
     ) -> AsyncIterator[pb.TrainResponse]:
-        async with heard_out(request_iterator):
-            start = await self._start(request_iterator)
-            draft = decode_start(start, self._limits, self._status.known_base())
-            with self._uploads.turn():
-                record = await self._receive(draft, request_iterator)
+        start = await self._start(request_iterator)
+        draft = decode_start(start, self._limits, self._status.known_base())
+        with self._uploads.turn():
+            record = await self._receive(draft, request_iterator)
         if start.cancel_on_disconnect:
             on_end(context, lambda: self._cancel_unfinished(record.id))
         async with aclosing(self._events(record.id, 0)) as events:

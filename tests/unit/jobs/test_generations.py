@@ -9,7 +9,7 @@ import pytest
 from atelier_server.access.tenants import Tenant
 from atelier_server.config import Quotas
 from atelier_server.core import GenerationJob, Mode
-from atelier_server.errors import QuotaExceeded, RequestIdReused, ServerDraining, WorkerLost
+from atelier_server.errors import QueueFull, QuotaExceeded, RequestIdReused, ServerDraining, WorkerLost
 from atelier_server.jobs.generation import Reader
 from atelier_server.jobs.generations import Generations
 from atelier_server.messages import (
@@ -169,3 +169,15 @@ def test_a_tenants_pictures_are_bounded_and_anothers_are_not() -> None:
     front.admit("c")
     front.tenant = Tenant("blue", Quotas(max_images=2))
     front.admit("d")
+
+
+def test_a_crowd_keeps_nobody_else_out() -> None:
+    front = Front()
+    for number in range(9):
+        front.admit(f"red-{number}")
+    with pytest.raises(QueueFull):
+        front.admit("red-9")
+    front.tenant = Tenant("blue")
+    front.admit("blue-0")
+    with pytest.raises(QueueFull):
+        front.admit("blue-1")
