@@ -77,29 +77,37 @@ def train_requests(
             yield training_pb2.TrainRequest(image=chunk)
 
 
-def import_requests(
-    source: str | Path, name: str, values: Mapping[str, object]
-) -> Iterator[adapter_pb2.ImportAdapterRequest]:
-    """The whole import of a file, a folder or a hub repository: what it is, then chunks of at most 1 MiB."""
-    fields.check("import_adapter", values, fields.ImportFields.__annotations__)
-    # Outside the generator: a missing file is the caller's error.
-    upload = transfer.AdapterUpload.of(source)
-    metadata = adapter_pb2.ImportAdapterRequest.Metadata()
-    fill(metadata, {**values, "name": name})
-    if upload is None:
-        metadata.hub_id = str(source)
-    else:
-        metadata.size_bytes, metadata.sha256 = upload.size_bytes, upload.sha256
-        metadata.files.extend(
-            adapter_pb2.ImportAdapterRequest.File(name=file, size_bytes=size) for file, size in upload.names
+class AdapterImport:
+    """The import of a file, a folder or a hub repository."""
+
+    def __init__(self, source: str | Path, name: str, values: Mapping[str, object]) -> None:
+        fields.check("import_adapter", values, fields.ImportFields.__annotations__)
+        self._upload = transfer.AdapterUpload.of(source)
+        self._metadata = adapter_pb2.ImportAdapterRequest.Metadata()
+        fill(self._metadata, {**values, "name": name})
+        if self._upload is None:
+            self._metadata.hub_id = str(source)
+            return
+        self._metadata.size_bytes, self._metadata.sha256 = self._upload.size_bytes, self._upload.sha256
+        self._metadata.files.extend(
+            adapter_pb2.ImportAdapterRequest.File(name=file, size_bytes=size)
+            for file, size in self._upload.names
         )
 
-    def requests() -> Iterator[adapter_pb2.ImportAdapterRequest]:
-        yield adapter_pb2.ImportAdapterRequest(metadata=metadata)
-        for data in upload.chunks() if upload else ():
-            yield adapter_pb2.ImportAdapterRequest(chunk=data)
+    def query(self) -> adapter_pb2.QueryUploadRequest | None:
+        """Asks how much of it is there already; None where it is not worth a call."""
+        if self._metadata.size_bytes <= transfer.CHUNK_BYTES:
+            return None
+        return adapter_pb2.QueryUploadRequest(
+            sha256=self._metadata.sha256, size_bytes=self._metadata.size_bytes
+        )
 
-    return requests()
+    def requests(self, offset: int = 0) -> Iterator[adapter_pb2.ImportAdapterRequest]:
+        """What it is, then chunks of at most 1 MiB from that byte on."""
+        self._metadata.offset = offset
+        yield adapter_pb2.ImportAdapterRequest(metadata=self._metadata)
+        for data in self._upload.chunks(offset) if self._upload else ():
+            yield adapter_pb2.ImportAdapterRequest(chunk=data)
 
 
 def list_request(values: Mapping[str, object]) -> adapter_pb2.ListAdaptersRequest:

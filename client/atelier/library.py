@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import grpc
 
 from atelier import codec
-from atelier.errors import from_rpc
+from atelier.errors import UnimplementedError, from_rpc
 from atelier.fields import AdapterFormat, ImportFields, ListFields
 from atelier.records import Adapter, ExportedAdapter, ImportedAdapter, LoadedAdapter
 from atelier.transfer import ExportFile
@@ -84,12 +84,22 @@ class AdapterCalls:
     def import_adapter(
         self, source: str | Path, name: str, **values: Unpack[ImportFields]
     ) -> ImportedAdapter:
-        """Publishes another tool's adapter: a safetensors file, a folder, or a hub's "OWNER/NAME[/PATH]"."""
-        requests = codec.import_requests(source, name, values)
+        """Publishes another tool's adapter: a safetensors file, a folder, or a hub's "OWNER/NAME[/PATH]".
+
+        An upload that was interrupted goes on where it was.
+        """
+        what = codec.AdapterImport(source, name, values)
+        offset = self._held(what.query())
         try:
-            return decode(ImportedAdapter, self._adapters.ImportAdapter(requests))
+            return decode(ImportedAdapter, self._adapters.ImportAdapter(what.requests(offset)))
         except grpc.RpcError as error:
             raise from_rpc(error) from error
+
+    def _held(self, query: pb.QueryUploadRequest | None) -> int:
+        try:
+            return int((self._call(self._adapters.QueryUpload, query)).offset) if query else 0
+        except UnimplementedError:
+            return 0  # an older server
 
     def export_adapter(
         self, adapter: str, path: str | Path, format: AdapterFormat = "diffusers"
@@ -169,12 +179,22 @@ class AsyncAdapterCalls:
     async def import_adapter(
         self, source: str | Path, name: str, **values: Unpack[ImportFields]
     ) -> ImportedAdapter:
-        """Publishes another tool's adapter: a safetensors file, a folder, or a hub's "OWNER/NAME[/PATH]"."""
-        requests = codec.import_requests(source, name, values)
+        """Publishes another tool's adapter: a safetensors file, a folder, or a hub's "OWNER/NAME[/PATH]".
+
+        An upload that was interrupted goes on where it was.
+        """
+        what = codec.AdapterImport(source, name, values)
+        offset = await self._held(what.query())
         try:
-            return decode(ImportedAdapter, await self._adapters.ImportAdapter(requests))
+            return decode(ImportedAdapter, await self._adapters.ImportAdapter(what.requests(offset)))
         except grpc.RpcError as error:
             raise from_rpc(error) from error
+
+    async def _held(self, query: pb.QueryUploadRequest | None) -> int:
+        try:
+            return int((await self._call(self._adapters.QueryUpload, query)).offset) if query else 0
+        except UnimplementedError:
+            return 0  # an older server
 
     async def export_adapter(
         self, adapter: str, path: str | Path, format: AdapterFormat = "diffusers"

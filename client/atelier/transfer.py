@@ -66,9 +66,16 @@ class AdapterUpload:
                 size += len(data)
         return cls(paths, names, size, digest.hexdigest())
 
-    def chunks(self) -> Iterator[bytes]:
+    def chunks(self, offset: int = 0) -> Iterator[bytes]:
+        """What comes from that byte on."""
         for path in self.paths:
-            yield from file_chunks(path)
+            size = path.stat().st_size
+            if offset < size:
+                with path.open("rb") as file:
+                    file.seek(offset)
+                    while data := file.read(CHUNK_BYTES):
+                        yield data
+            offset = max(offset - size, 0)
 
 
 def picture_bytes(source: str | Path | bytes | Picture) -> bytes:

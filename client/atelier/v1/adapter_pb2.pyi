@@ -822,6 +822,7 @@ class ImportAdapterRequest(_message.Message):
         SHA256_FIELD_NUMBER: _builtins.int
         NEW_VERSION_FIELD_NUMBER: _builtins.int
         TRIGGER_FIELD_NUMBER: _builtins.int
+        OFFSET_FIELD_NUMBER: _builtins.int
         FILES_FIELD_NUMBER: _builtins.int
         HUB_ID_FIELD_NUMBER: _builtins.int
         ALLOW_PARTIAL_FIELD_NUMBER: _builtins.int
@@ -834,6 +835,8 @@ class ImportAdapterRequest(_message.Message):
         """Publish as the next version where the name exists already."""
         trigger: _builtins.str
         """Words that call the subject up; what the file's header names by default."""
+        offset: _builtins.int
+        """Go on with an upload that was interrupted: the chunks begin at this byte, which QueryUpload tells."""
         hub_id: _builtins.str
         """A repository of the Hugging Face hub that the server reads instead of an upload:
         OWNER/NAME[/PATH][@REVISION]. Size, checksum and files are then empty.
@@ -858,6 +861,7 @@ class ImportAdapterRequest(_message.Message):
             sha256: _builtins.str = ...,
             new_version: _builtins.bool = ...,
             trigger: _builtins.str = ...,
+            offset: _builtins.int = ...,
             files: _abc.Iterable[Global___ImportAdapterRequest.File] | None = ...,
             hub_id: _builtins.str = ...,
             allow_partial: _builtins.bool = ...,
@@ -865,7 +869,7 @@ class ImportAdapterRequest(_message.Message):
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_partial", b"allow_partial", "files", b"files", "hub_id", b"hub_id", "name", b"name", "new_version", b"new_version", "placeholder", b"placeholder", "sha256", b"sha256", "size_bytes", b"size_bytes", "trigger", b"trigger"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_partial", b"allow_partial", "files", b"files", "hub_id", b"hub_id", "name", b"name", "new_version", b"new_version", "offset", b"offset", "placeholder", b"placeholder", "sha256", b"sha256", "size_bytes", b"size_bytes", "trigger", b"trigger"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -993,6 +997,49 @@ class ExportAdapterResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 
 Global___ExportAdapterResponse: _TypeAlias = ExportAdapterResponse  # noqa: Y015
+
+@_typing.final
+class QueryUploadRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHA256_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    sha256: _builtins.str
+    """Lower-case hex digest and size of the whole upload, as ImportAdapter declares them."""
+    size_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        sha256: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueryUploadRequest: _TypeAlias = QueryUploadRequest  # noqa: Y015
+
+@_typing.final
+class QueryUploadResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    """The byte to go on at; 0: nothing is here, or another call is sending it."""
+    def __init__(
+        self,
+        *,
+        offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueryUploadResponse: _TypeAlias = QueryUploadResponse  # noqa: Y015
 
 @_typing.final
 class UndeleteAdapterRequest(_message.Message):

@@ -71,6 +71,11 @@ class AdapterServiceStub:
                 request_serializer=atelier_dot_v1_dot_adapter__pb2.ExportAdapterRequest.SerializeToString,
                 response_deserializer=atelier_dot_v1_dot_adapter__pb2.ExportAdapterResponse.FromString,
                 _registered_method=True)
+        self.QueryUpload = channel.unary_unary(
+                '/atelier.v1.AdapterService/QueryUpload',
+                request_serializer=atelier_dot_v1_dot_adapter__pb2.QueryUploadRequest.SerializeToString,
+                response_deserializer=atelier_dot_v1_dot_adapter__pb2.QueryUploadResponse.FromString,
+                _registered_method=True)
         self.UndeleteAdapter = channel.unary_unary(
                 '/atelier.v1.AdapterService/UndeleteAdapter',
                 request_serializer=atelier_dot_v1_dot_adapter__pb2.UndeleteAdapterRequest.SerializeToString,
@@ -182,6 +187,15 @@ class AdapterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def QueryUpload(self, request, context):
+        """Tells how much of an interrupted ImportAdapter is here. It is kept for some hours after the client has
+        gone; an upload that ends, with whatever status, is not.
+        INVALID_ARGUMENT: no digest, or a size beyond the limit.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def UndeleteAdapter(self, request, context):
         """Brings a deleted adapter back, all its versions or one (NAME@vN). Idempotent while it is kept.
         NOT_FOUND: nothing of that name is kept any more.
@@ -282,6 +296,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.ExportAdapter,
                     request_deserializer=atelier_dot_v1_dot_adapter__pb2.ExportAdapterRequest.FromString,
                     response_serializer=atelier_dot_v1_dot_adapter__pb2.ExportAdapterResponse.SerializeToString,
+            ),
+            'QueryUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.QueryUpload,
+                    request_deserializer=atelier_dot_v1_dot_adapter__pb2.QueryUploadRequest.FromString,
+                    response_serializer=atelier_dot_v1_dot_adapter__pb2.QueryUploadResponse.SerializeToString,
             ),
             'UndeleteAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.UndeleteAdapter,
@@ -510,6 +529,33 @@ class AdapterService:
             '/atelier.v1.AdapterService/ExportAdapter',
             atelier_dot_v1_dot_adapter__pb2.ExportAdapterRequest.SerializeToString,
             atelier_dot_v1_dot_adapter__pb2.ExportAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def QueryUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.v1.AdapterService/QueryUpload',
+            atelier_dot_v1_dot_adapter__pb2.QueryUploadRequest.SerializeToString,
+            atelier_dot_v1_dot_adapter__pb2.QueryUploadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -76,6 +76,11 @@ class AdapterServiceStub:
     INVALID_ARGUMENT UNSUPPORTED_FORMAT: the format cannot hold what the adapter is.
     NOT_FOUND: no such adapter. DATA_LOSS: the stored file does not match its checksum.
     """
+    QueryUpload: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.QueryUploadRequest, _adapter_pb2.QueryUploadResponse]
+    """Tells how much of an interrupted ImportAdapter is here. It is kept for some hours after the client has
+    gone; an upload that ends, with whatever status, is not.
+    INVALID_ARGUMENT: no digest, or a size beyond the limit.
+    """
     UndeleteAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.UndeleteAdapterRequest, _adapter_pb2.UndeleteAdapterResponse]
     """Brings a deleted adapter back, all its versions or one (NAME@vN). Idempotent while it is kept.
     NOT_FOUND: nothing of that name is kept any more.
@@ -159,6 +164,11 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     Order: one `metadata` message, then chunks. The stream ends with OK after the last chunk.
     INVALID_ARGUMENT UNSUPPORTED_FORMAT: the format cannot hold what the adapter is.
     NOT_FOUND: no such adapter. DATA_LOSS: the stored file does not match its checksum.
+    """
+    QueryUpload: _aio.UnaryUnaryMultiCallable[_adapter_pb2.QueryUploadRequest, _adapter_pb2.QueryUploadResponse]  # type: ignore[assignment]
+    """Tells how much of an interrupted ImportAdapter is here. It is kept for some hours after the client has
+    gone; an upload that ends, with whatever status, is not.
+    INVALID_ARGUMENT: no digest, or a size beyond the limit.
     """
     UndeleteAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.UndeleteAdapterRequest, _adapter_pb2.UndeleteAdapterResponse]  # type: ignore[assignment]
     """Brings a deleted adapter back, all its versions or one (NAME@vN). Idempotent while it is kept.
@@ -282,6 +292,17 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         Order: one `metadata` message, then chunks. The stream ends with OK after the last chunk.
         INVALID_ARGUMENT UNSUPPORTED_FORMAT: the format cannot hold what the adapter is.
         NOT_FOUND: no such adapter. DATA_LOSS: the stored file does not match its checksum.
+        """
+
+    @_abc_1.abstractmethod
+    def QueryUpload(
+        self,
+        request: _adapter_pb2.QueryUploadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.QueryUploadResponse, _abc.Awaitable[_adapter_pb2.QueryUploadResponse]]:
+        """Tells how much of an interrupted ImportAdapter is here. It is kept for some hours after the client has
+        gone; an upload that ends, with whatever status, is not.
+        INVALID_ARGUMENT: no digest, or a size beyond the limit.
         """
 
     @_abc_1.abstractmethod

@@ -128,12 +128,19 @@ class AdapterStore(Shelf):
     ) -> CheckpointRecord:
         """A whole version with one checkpoint, step 0, at once: what is imported or made of other adapters.
 
-        Of two that take one name at once, one gets it. Raises what `create_version` and `publish` raise.
+        Of two that take one name at once, one gets it. Content that is damaged under that name is healed
+        instead. Raises what `create_version` and `publish` raise.
         """
         if not SCOPED_NAME.fullmatch(name):
             raise InvalidRequest.of([Violation("name", f"does not match {SCOPED_NAME.pattern}")])
         meta = VersionMeta(name, 0, trigger, base_model, base_sha256, "", time.time(), self.owner, family)
+        damaged = [
+            r for v in self._catalog.versions(name, self._entries(name)) for r in v.checkpoints if r.damaged
+        ]
         with self._written(write) as files:
+            for record in damaged:  # the same content once more: it is healed now
+                if record.sha256 == files[ADAPTER_FILE].sha256 and not new_version:
+                    return self.published(record.id)
             manifest = _manifest(files, loss=None, rank=rank, lora_alpha=lora_alpha)
             meta = self._claim(meta, new_version, manifest)
         return self.published(CheckpointId(name, meta.version, 0))

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from atelier_server.errors import TooManyUploads
+from atelier_server.jobs.partial_uploads import PartialUploads
 from atelier_server.jobs.records import Picture
 
 _COPY_BYTES = 2**22
@@ -21,6 +22,7 @@ class Uploads:
 
     def __init__(self, folder: Path, *, limit: int) -> None:
         self._folder = folder
+        self.partial = PartialUploads(folder.with_name(f"{folder.name}-partial"))
         self._limit = limit
         self._under_way = 0
 
@@ -39,6 +41,7 @@ class Uploads:
         """Removes what a former server left."""
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
+        self.partial.expire()
 
     def pictures(self) -> PictureUpload:
         return PictureUpload(self._folder / uuid.uuid4().hex)

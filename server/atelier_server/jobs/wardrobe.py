@@ -224,6 +224,7 @@ class Wardrobe:
         """Collects now and every hour, for as long as the server lives."""
         while True:
             try:
+                await asyncio.to_thread(self.uploads.partial.expire)
                 done = await self.collect()
                 if done.versions or done.files:
                     _log.info("removed %d deleted versions and %d files", len(done.versions), done.files)
@@ -248,8 +249,15 @@ class Wardrobe:
 
     async def check_name(self, name: str, *, new_version: bool) -> None:
         """Refuses an import early. Raises AdapterExists."""
-        if not new_version and await asyncio.to_thread(self._trainings.taken, name):
+        if not new_version and await asyncio.to_thread(self._taken, name):
             raise AdapterExists(f"adapter {name!r} exists; set new_version to add one", name=name)
+
+    def _taken(self, name: str) -> bool:
+        """A damaged adapter is not in the way of its own content, which heals it; the store will tell."""
+        with suppress(AdapterNotFound):
+            if self._store.version(name).damaged:
+                return False
+        return self._trainings.taken(name)
 
     async def adopt(
         self, path: Path, name: str, *, new_version: bool, terms: ImportTerms
@@ -262,12 +270,9 @@ class Wardrobe:
         return await self.published(answer.checkpoint), answer
 
     async def target(self, target: PublishAs) -> PublishAs:
-        """What the store has to be asked for. Raises AdapterExists."""
+        """Whether the name can be had now; the store decides when all is there. Raises AdapterExists."""
         await self.check_name(target.name, new_version=target.new_version)
-        # A version without a checkpoint may be there: its training failed, and the name is free.
-        versions = await asyncio.to_thread(self._store.versions)
-        free = any(v.meta.name == target.name and not v.checkpoints for v in versions)
-        return replace(target, new_version=target.new_version or free)
+        return target
 
     async def published(self, checkpoint: CheckpointId) -> Listed:
         """The version of a checkpoint that the worker has just published."""

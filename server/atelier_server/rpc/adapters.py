@@ -22,6 +22,7 @@ from atelier_server.rpc.codec.adapter import (
     decode_export,
     decode_import,
     decode_reference,
+    decode_upload,
     encode_report,
 )
 from atelier_server.rpc.codec.craft import (
@@ -128,6 +129,12 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
             report=encode_report(answer.report),
         )
 
+    async def QueryUpload(self, request: pb.QueryUploadRequest, context: Context) -> pb.QueryUploadResponse:
+        sha256, size_bytes = decode_upload(request, self._limits)
+        partial = self._wardrobe.uploads.partial
+        await asyncio.to_thread(partial.expire)
+        return pb.QueryUploadResponse(offset=partial.held(caller.tenant().name, sha256, size_bytes))
+
     @asynccontextmanager
     async def _source(
         self,
@@ -140,10 +147,14 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
             async with self._wardrobe.space(caller.tenant(), found.size_bytes):
                 yield found.path
             return
-        path = self._wardrobe.uploads.file()
+        uploads, tenant = self._wardrobe.uploads, caller.tenant()
+        path = uploads.file()
         try:
-            async with self._wardrobe.space(caller.tenant(), metadata.size_bytes):
-                await receive_file(stream, metadata, path)
+            async with self._wardrobe.space(tenant, metadata.size_bytes):
+                upload = (tenant.name, metadata.sha256, metadata.size_bytes)
+                with uploads.partial.claim(*upload, metadata.offset) as partial:
+                    await receive_file(stream, metadata, partial)
+                    partial.rename(path)
                 files = [(file.name, file.size_bytes) for file in metadata.files]
                 yield await asyncio.to_thread(self._wardrobe.uploads.unpack, path, files) if files else path
         finally:

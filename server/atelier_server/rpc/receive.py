@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from atelier_server.rpc.pictures import PictureCheck
 
 _CAPTION_CHARACTERS = 10_000
 _PATIENCE_SECONDS = 2.0
+_CANCEL_SECONDS = 0.5
 
 
 class PictureReader:
@@ -122,28 +124,30 @@ async def receive_file(
     metadata: adapter_pb2.ImportAdapterRequest.Metadata,
     path: Path,
 ) -> None:
-    """Writes the chunks to `path`. Raises InvalidRequest where size or digest differ; removes `path` then."""
-    digest, received = hashlib.sha256(), 0
-    try:
-        with path.open("wb") as file:
-            async for message in stream:
-                if message.WhichOneof("payload") != "chunk":
-                    raise _invalid("chunk", "after `metadata` come only chunks")
-                received += len(message.chunk)
-                if received > metadata.size_bytes:
-                    raise _invalid("chunk", f"more bytes than the declared {metadata.size_bytes}")
-                digest.update(message.chunk)
-                await asyncio.to_thread(file.write, message.chunk)
-        if received < metadata.size_bytes:
-            raise UploadIncomplete(
-                f"the stream ended after {received} of {metadata.size_bytes} bytes",
-                violations=(Violation("chunk", f"{received} of {metadata.size_bytes} bytes"),),
-            )
-        if digest.hexdigest() != metadata.sha256:
-            raise _invalid("metadata.sha256", f"the file's digest is {digest.hexdigest()}")
-    except BaseException:
-        await asyncio.to_thread(path.unlink, missing_ok=True)
-        raise
+    """Appends the chunks to what is in `path`: `metadata.offset` bytes.
+
+    Raises InvalidRequest where size or digest differ.
+    """
+    with path.open("r+b") as file:
+        digest = await asyncio.to_thread(hashlib.file_digest, file, "sha256")
+        received = file.seek(0, os.SEEK_END)
+        async for message in stream:
+            if message.WhichOneof("payload") != "chunk":
+                raise _invalid("chunk", "after `metadata` come only chunks")
+            received += len(message.chunk)
+            if received > metadata.size_bytes:
+                raise _invalid("chunk", f"more bytes than the declared {metadata.size_bytes}")
+            digest.update(message.chunk)
+            await asyncio.to_thread(file.write, message.chunk)
+    if received < metadata.size_bytes:
+        # A client that has gone ends its stream, too; a moment later the call is cancelled.
+        await asyncio.sleep(_CANCEL_SECONDS)
+        raise UploadIncomplete(
+            f"the stream ended after {received} of {metadata.size_bytes} bytes",
+            violations=(Violation("chunk", f"{received} of {metadata.size_bytes} bytes"),),
+        )
+    if digest.hexdigest() != metadata.sha256:
+        raise _invalid("metadata.sha256", f"the file's digest is {digest.hexdigest()}")
 
 
 def _invalid(field: str, description: str) -> InvalidRequest:

@@ -251,6 +251,10 @@ class Adapters(AdapterServiceServicer):
         self.script.calls.append(request)
         return adapter_pb2.UndeleteAdapterResponse(adapters=[self.adapter(request.adapter)])
 
+    def QueryUpload(self, request: Any, context: Any) -> adapter_pb2.QueryUploadResponse:
+        self.script.calls.append(request)
+        return adapter_pb2.QueryUploadResponse(offset=2**20 + 5)
+
     def TagAdapter(self, request: Any, context: Any) -> adapter_pb2.TagAdapterResponse:
         self.script.calls.append(request)
         return adapter_pb2.TagAdapterResponse(adapter=self.adapter("otto"), previous="v1@3")

@@ -251,6 +251,16 @@ def test_info_exits_0_only_when_ready(run: Callable[..., Result], server: Any) -
     assert away.stderr.startswith("error: UNAVAILABLE")
 
 
+def test_an_interrupted_import_goes_on(run: Callable[..., Result], server: Any, tmp_path: Path) -> None:
+    source, data = tmp_path / "a.safetensors", os.urandom(3 * 2**20)
+    source.write_bytes(data)
+    assert run("adapters", "import", source, "--name", "zoe").exit_code == 0
+    asked, (first, *chunks) = server.script.calls[-1], server.script.imports[-1]
+    assert (asked.size_bytes, asked.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    assert first.metadata.offset == 2**20 + 5
+    assert b"".join(message.chunk for message in chunks) == data[2**20 + 5 :]
+
+
 def test_labels(run: Callable[..., Result], server: Any) -> None:
     assert (
         run("adapters", "tag", "otto@6", "production").stdout == "otto@production is otto@6, was otto@v1@3\n"

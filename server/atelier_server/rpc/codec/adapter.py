@@ -69,12 +69,14 @@ def decode_import(metadata: pb.ImportAdapterRequest.Metadata, limits: Limits) ->
     if metadata.hub_id:
         if not _HUB_ID.fullmatch(metadata.hub_id):
             checks.refuse("metadata.hub_id", f"{shown(metadata.hub_id)} is not OWNER/NAME[/PATH][@REVISION]")
-        if metadata.size_bytes or metadata.sha256 or metadata.files:
-            checks.refuse("metadata.hub_id", "goes without size_bytes, sha256 and files")
+        if metadata.size_bytes or metadata.sha256 or metadata.files or metadata.offset:
+            checks.refuse("metadata.hub_id", "goes without size_bytes, sha256, files and offset")
     else:
         checks.integer("metadata.size_bytes", metadata.size_bytes, 1, limits.max_adapter_bytes)
         if not re.fullmatch(r"[0-9a-f]{64}", metadata.sha256):
             checks.refuse("metadata.sha256", f"{shown(metadata.sha256)} is not 64 lower-case hex digits")
+        if metadata.offset > metadata.size_bytes:
+            checks.refuse("metadata.offset", f"{metadata.offset} is beyond size_bytes {metadata.size_bytes}")
         _check_files(checks, metadata)
     checks.text("metadata.trigger", metadata.trigger, limits.max_prompt_characters)
     if metadata.placeholder and not _PLACEHOLDER.fullmatch(metadata.placeholder):
@@ -83,6 +85,16 @@ def decode_import(metadata: pb.ImportAdapterRequest.Metadata, limits: Limits) ->
     return name, ImportTerms(
         metadata.trigger, metadata.placeholder, metadata.allow_partial, limits.min_adapter_coverage
     )
+
+
+def decode_upload(request: pb.QueryUploadRequest, limits: Limits) -> tuple[str, int]:
+    """Digest and size of the whole. Raises InvalidRequest."""
+    checks = Checks()
+    checks.integer("size_bytes", request.size_bytes, 1, limits.max_adapter_bytes)
+    if not re.fullmatch(r"[0-9a-f]{64}", request.sha256):
+        checks.refuse("sha256", f"{shown(request.sha256)} is not 64 lower-case hex digits")
+    checks.done()
+    return request.sha256, request.size_bytes
 
 
 def _check_files(checks: Checks, metadata: pb.ImportAdapterRequest.Metadata) -> None:
