@@ -25,6 +25,7 @@ import grpc
 import grpc.aio
 
 from atelier import Client
+from atelier.v1 import generation_pb2 as pb
 from atelier.v1.generation_pb2_grpc import GenerationServiceStub
 from atelier_server import pocket
 from benchmarks import picture
@@ -37,7 +38,7 @@ from benchmarks.visitors import EXPECTED, KILLED, Visit, killed, kinds, visit, w
 
 ROOT = Path(__file__).parents[1]
 IMAGE = ROOT / "docs" / "images" / "dashboard.webp"
-_REQUESTS, _ADAPTERS, _LOAD = 200, 20, 0.7
+_REQUESTS, _ADAPTERS, _STEPS, _LOAD = 200, 20, 10, 0.7
 _WARM_UP = 12  # requests before the visitors
 _PROBE_SECONDS = 0.05
 _SETTLE_SECONDS = 60.0
@@ -77,7 +78,7 @@ class Seen:
 
 def run(*, quick: bool) -> list[Row]:
     os.sched_setaffinity(0, range(os.cpu_count() or 1))
-    requests, adapters = (10, 3) if quick else (_REQUESTS, _ADAPTERS)
+    requests, adapters, steps = (10, 3, 3) if quick else (_REQUESTS, _ADAPTERS, _STEPS)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with (
@@ -88,8 +89,9 @@ def run(*, quick: bool) -> list[Row]:
             names = _import(client, folder / "adapters", adapters)
             began = time.time()
             with _watching(server) as watched, _training(client):
-                gap = _seconds_a_request(client, names) / _LOAD
-                visits = asyncio.run(_visit(server.address, requests, names, gap))
+                gap = _seconds_a_request(client, names, steps) / _LOAD
+                wishes = _wishes(requests, names, steps)
+                visits = asyncio.run(_visit(server.address, wishes, gap))
             left = _left_over(server)
             answers = _ask(prometheus, began, time.time())
             broken = [rule["name"] for rule in prometheus.rules() if rule["health"] != "ok"]
@@ -106,12 +108,12 @@ def _import(client: Client, folder: Path, count: int) -> list[str]:
     return [file.stem for file in files]
 
 
-def _seconds_a_request(client: Client, names: list[str]) -> float:
+def _seconds_a_request(client: Client, names: list[str], steps: int) -> float:
     """What a request takes of the machine beside the training, when eight share their forwards."""
 
     def paint(number: int) -> None:
         client.generate(
-            "a red octopus", adapters=names[number % len(names)], num_inference_steps=10, scheduler="ddim"
+            "a red octopus", adapters=names[number % len(names)], num_inference_steps=steps, scheduler="ddim"
         )
 
     with ThreadPoolExecutor(8) as pool:
@@ -121,14 +123,19 @@ def _seconds_a_request(client: Client, names: list[str]) -> float:
     return (time.perf_counter() - before) / 8
 
 
-async def _visit(address: str, count: int, names: list[str], gap: float) -> list[Visit]:
-    """`count` visitors, on average one in `gap` seconds."""
+def _wishes(count: int, names: list[str], steps: int) -> list[tuple[str, pb.GenerateRequest]]:
+    """Kinds of visitors and what they ask for; the same in every run."""
     chance = random.Random(0)
+    return [(kind, wish(chance, names, steps)) for kind in kinds(count, chance)]
+
+
+async def _visit(address: str, wishes: list[tuple[str, pb.GenerateRequest]], gap: float) -> list[Visit]:
+    """The visitors, on average one in `gap` seconds."""
+    chance = random.Random(1)
     async with grpc.aio.insecure_channel(address) as channel:
         stub = GenerationServiceStub(channel)
         under_way = []
-        for kind in kinds(count, chance):
-            request = wish(chance, names)
+        for kind, request in wishes:
             call = killed(address, request) if kind == KILLED else visit(stub, kind, request)
             under_way.append(asyncio.create_task(call))
             await asyncio.sleep(chance.expovariate(1 / gap))

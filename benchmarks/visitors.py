@@ -95,8 +95,8 @@ def kinds(count: int, chance: random.Random) -> list[str]:
     return listed
 
 
-def wish(chance: random.Random, adapters: list[str]) -> pb.GenerateRequest:
-    """One request: mostly one adapter, sometimes two; mixed schedulers, steps, guidance and sizes."""
+def wish(chance: random.Random, adapters: list[str], steps: int) -> pb.GenerateRequest:
+    """One request of about so many steps: one adapter or two, mixed schedulers, guidance and sizes."""
     chosen = chance.sample(adapters, k=2 if chance.random() < 0.2 else 1)
     strict = chance.random() < 0.1
     return pb.GenerateRequest(
@@ -106,7 +106,7 @@ def wish(chance: random.Random, adapters: list[str]) -> pb.GenerateRequest:
         adapters=[pb.AdapterSelection(adapter=f"{name}:0.8") for name in chosen],
         seed=chance.getrandbits(32),
         num_images=2 if chance.random() < 0.1 else 1,
-        num_inference_steps=chance.randint(6, 14),
+        num_inference_steps=chance.randint(steps * 3 // 5, steps * 7 // 5),
         guidance_scale=chance.choice((1.0, 5.0, 7.5)),
         scheduler=chance.choice(_SCHEDULERS),
         height=96 if chance.random() < 0.1 else 64,

@@ -40,7 +40,7 @@ def test_visitors_come_in_their_shares() -> None:
 
 def test_wishes_are_reproducible_and_differ() -> None:
     first, second = (
-        [wish(chance, ["a", "b", "c"]) for _ in range(50)] for chance in map(random.Random, (1, 1))
+        [wish(chance, ["a", "b", "c"], 10) for _ in range(50)] for chance in map(random.Random, (1, 1))
     )
     assert first == second
     assert len({w.SerializeToString() for w in first}) == 50
