@@ -8,8 +8,8 @@ change from is in the report with the reason, and below the coverage that the ca
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from atelier_server.adapters.canonical import CanonicalAdapter, LoraModule, Module, finite, tensors_of
+from atelier_server.adapters.canonical import CanonicalAdapter, Module, finite, tensors_of
 from atelier_server.adapters.formats import header
 from atelier_server.adapters.formats.container import Container, open_source
 from atelier_server.adapters.formats.embeddings import (
@@ -32,6 +32,7 @@ from atelier_server.adapters.formats.parts import Key, foreign
 from atelier_server.adapters.formats.peft import PeftConfig, configs_of
 from atelier_server.adapters.kinds import convert
 from atelier_server.adapters.report import counted, family_of, norms, tokens_of
+from atelier_server.adapters.shapes import same_shape, shape_fault, shaped
 from atelier_server.errors import AdapterMismatch, UnsupportedFormat
 from atelier_server.report import AdapterReport, ImportTerms, UnmatchedPart
 
@@ -232,9 +233,14 @@ class _Reading:
                 parts = {**parts, "alpha": torch.tensor(alpha, dtype=torch.float64)}
             elif alpha is not None and config.rank:
                 scale = alpha / config.rank
-        shape = self._base.shapes[name]
-        _check_difference(parts, shape)
-        return _shaped(convert(name, parts, shape, max_rank=self._base.max_rank, scale=scale), shape)
+        shape, max_rank = self._base.shapes[name], self._base.max_rank
+        for part in ("diff", "w_norm"):
+            if part in parts and not same_shape(parts[part].shape, shape):
+                raise AdapterMismatch(f"has a {part} of shape {tuple(parts[part].shape)}; {shape} would fit")
+        module = convert(name, parts, shape, max_rank=max_rank, scale=scale)
+        if fault := shape_fault(module, shape, max_rank):
+            raise AdapterMismatch(fault)
+        return shaped(module, shape)
 
     def _named_tokens(self) -> dict[str, dict[str, Tensor]]:
         tokens: dict[str, dict[str, Tensor]] = {}
@@ -299,36 +305,6 @@ def _listed(unmatched: Mapping[str, str]) -> tuple[UnmatchedPart, ...]:
     if (more := len(unmatched) - len(listed)) > 0:
         listed.append(UnmatchedPart("...", f"and {more} more"))
     return tuple(listed)
-
-
-def _shaped(module: Module, shape: tuple[int, ...]) -> Module:
-    """With the dimensions of the layer: a linear one's change may come as a 1x1 convolution's, and back.
-
-    Raises AdapterMismatch for other shapes, even of as many values.
-    """
-    if not isinstance(module, LoraModule):
-        return module
-    if _trimmed(module.A.shape[1:]) != _trimmed(shape[1:]) or _trimmed(module.B.shape[2:]):
-        raise AdapterMismatch(
-            f"has A of shape {tuple(module.A.shape)} and B of {tuple(module.B.shape)} for a weight of {shape}"
-        )
-    ones = (1,) * len(shape[2:])
-    A = module.A.reshape(module.rank, *shape[1:])
-    return replace(module, A=A, B=module.B.reshape(*module.B.shape[:2], *ones))
-
-
-def _check_difference(parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
-    for part in ("diff", "w_norm"):
-        if part in parts and _trimmed(parts[part].shape) != _trimmed(shape):
-            raise AdapterMismatch(f"has a {part} of shape {tuple(parts[part].shape)} for a weight of {shape}")
-
-
-def _trimmed(shape: Sequence[int]) -> tuple[int, ...]:
-    """Without the ones at the end."""
-    kept = len(shape)
-    while kept and shape[kept - 1] == 1:
-        kept -= 1
-    return tuple(shape[:kept])
 
 
 def _check_dtype(key: str, tensor: Tensor, integers: bool) -> None:

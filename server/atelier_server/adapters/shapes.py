@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from atelier_server.adapters.canonical import DenseModule, LoraModule, Module
 
@@ -25,6 +26,20 @@ def shape_fault(module: Module, shape: Sequence[int], max_rank: int) -> str:
     if module.magnitude is not None and tuple(module.magnitude.shape) not in {(shape[0],), (1, shape[1])}:
         return f"has magnitudes of shape {tuple(module.magnitude.shape)}; ({shape[0]},) would fit"
     return ""
+
+
+def shaped(module: Module, shape: Sequence[int]) -> Module:
+    """A module that fits, with the layer's own dimensions: a linear one's may come as a 1x1 convolution's."""
+    if not isinstance(module, LoraModule):
+        return module
+    ones = (1,) * len(shape[2:])
+    A, B = module.A.reshape(module.rank, *shape[1:]), module.B.reshape(*module.B.shape[:2], *ones)
+    return replace(module, A=A, B=B)
+
+
+def same_shape(one: Sequence[int], other: Sequence[int]) -> bool:
+    """But for ones at the end."""
+    return _trimmed(one) == _trimmed(other)
 
 
 def _pair_fault(module: LoraModule, shape: Sequence[int], max_rank: int) -> str:

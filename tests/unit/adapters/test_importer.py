@@ -326,6 +326,7 @@ NAN, DOUBLE = torch.full((2, 8), torch.nan), {f"{Q}.lora.down.weight": torch.one
         ({"model.diffusion_model.x.weight": torch.ones(2, 2)}, UnsupportedFormat, "model.diffusion_model.x"),
         (loras("unet.nothing"), AdapterMismatch, "unet.nothing: the base model has no such module"),
         ({f"{Q}.lora_A.weight": torch.ones(2, 8)}, UnsupportedFormat, "lacks its lora_up"),
+        (loras(Q, rank=9), AdapterMismatch, "has rank 9; this server takes 1 to 8"),
         ({**loras(Q), f"{Q}.lora_A.bias": torch.ones(2)}, AdapterMismatch, "a bias of its own"),
         ({f"{Q}.lora_A.weight": torch.ones(2, 4, dtype=torch.int64)}, UnsupportedFormat, "int64"),
         ({f"{Q}.lora_A.weight": torch.ones(2, 8).to(torch.float8_e4m3fn)}, UnsupportedFormat, "float8"),
