@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from atelier_server.adapters.canonical import CanonicalAdapter, LoraModule
+from atelier_server.adapters.canonical import CanonicalAdapter, DenseModule, LoraModule, Module
 from atelier_server.adapters.store import ADAPTER_FILE
 from atelier_server.adapters.stored import write_stored
 from atelier_server.core import AdapterUse, GenerationJob, InitImage, Mode, SchedulerOptions
@@ -53,15 +53,27 @@ def studio(request: pytest.FixtureRequest) -> Iterator[Table]:
 
 
 def _publish(desk: Desk, number: int, rank: int) -> AdapterUse:
-    """Attention of the U-Net; of the text encoders too from the second on; the last has a word of its own."""
+    """Attention of the U-Net; of the text encoders too from the second on; the last has a word of its own.
+
+    The third is every second layer a DoRA, every third a full difference, and changes the norms, too.
+    """
     runner, generator = desk.runner, torch.Generator().manual_seed(number)
     projections = (".to_q", ".to_v", ".q_proj", ".fc1") if number else (".to_q", ".to_v")
-    modules = {}
+    modules: dict[str, Module] = {}
     for name, layer in runner.bank.layers.items():
         if name.endswith(projections):
             out, features = layer.weight.shape
             a = torch.randn(rank, features, generator=generator) / features**0.5
-            modules[name] = LoraModule(a, torch.randn(out, rank, generator=generator) * 0.2, rank / 2)
+            b = torch.randn(out, rank, generator=generator) * 0.2
+            modules[name] = LoraModule(a, b, rank / 2)
+            if number == 2 and len(modules) % 2 == 0:
+                magnitude = layer.weight.norm(dim=1) * (1 + 0.2 * torch.rand(out, generator=generator))
+                modules[name] = replace(modules[name], magnitude=magnitude)
+            elif number == 2 and len(modules) % 3 == 0:
+                modules[name] = DenseModule(b @ a / rank)
+    if number == 2:
+        norms = {name: shape for name, shape in runner.bank.shapes.items() if len(shape) == 1}
+        modules |= {name: DenseModule(torch.randn(s, generator=generator) * 0.1) for name, s in norms.items()}
     words = {
         encoder.name: torch.randn(2, encoder.model.config.hidden_size, generator=generator)
         for encoder in runner.base.encoders
