@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated
 
 import typer
@@ -81,11 +82,12 @@ def diff(
     )
     _names(f"only in {found.a}", found.only_a)
     _names(f"only in {found.b}", found.only_b)
-    forms = [
-        f"{m.name}: {_form(m.kind_a, m.rank_a, m.alpha_a)} and {_form(m.kind_b, m.rank_b, m.alpha_b)}"
+    forms = Counter(
+        f"{_form(m.kind_a, m.rank_a, m.alpha_a)} and {_form(m.kind_b, m.rank_b, m.alpha_b)}"
         for m in found.differing
-    ]
-    _names("in different forms", forms)
+    )
+    for form, modules in forms.most_common():
+        output.out(f"in different forms: {modules} as {form}")
     library.print_table(_table(found))
 
 

@@ -104,7 +104,7 @@ def test_a_diff_is_told_block_by_block(server: ScriptedServer) -> None:
     told = run(server, "diff", "otto", "zoe").stdout
     assert told.startswith("2 modules in both, 12 only in otto@6, 0 only in zoe@6\n")
     assert "and 2 more (--json lists them all)" in told
-    assert "unet.x: lora of rank 4, alpha 2 and a full difference" in told
+    assert "in different forms: 1 as lora of rank 4, alpha 2 and a full difference" in told
     assert ["unet.mid_block", "1", "2", "3", "-1.0000"] in [line.split() for line in told.splitlines()]
     assert ["all", "1", "0", "0", "-"] in [line.split() for line in told.splitlines()]
     assert len(json.loads(run(server, "diff", "otto", "zoe", "--json").stdout)["only_a"]) == 12
