@@ -14,8 +14,9 @@ from collections.abc import Callable
 from functools import partial
 
 from atelier_server.adapters.store import AdapterStore, CheckpointRecord
-from atelier_server.core import State, TrainingImage, TrainingJob
+from atelier_server.core import CheckpointId, State, TrainingImage, TrainingJob
 from atelier_server.errors import AdapterNotFound, AtelierError, CrashLoop
+from atelier_server.jobs import thumbnails
 from atelier_server.jobs.lane import TRIES, Lane
 from atelier_server.jobs.records import (
     Checkpointed,
@@ -167,6 +168,9 @@ class TrainingRuns:
                 )
                 sample = Sampled(event.step, event.index, event.prompt, event.seed, event.mime_type, file)
                 await self._log.append(run.id, sample)
+                if event.index == 0:
+                    checkpoint = CheckpointId(run.adapter, run.version, event.step)
+                    await asyncio.to_thread(thumbnails.keep, self._store, checkpoint, event.data)
             case TrainingWarning():
                 await self._log.append(run.id, Warned(event.reason, event.message))
             case TrainingCompleted():

@@ -19,6 +19,7 @@ from atelier_server.adapters.store import AdapterStore
 from atelier_server.adapters.trash import Collected
 from atelier_server.core import AdapterRef, AdapterUse, CheckpointId
 from atelier_server.errors import AdapterExists, AdapterInUse, AdapterNotFound, AtelierError, WorkerLost
+from atelier_server.jobs import thumbnails
 from atelier_server.jobs.calls import Calls
 from atelier_server.jobs.generations import Generations
 from atelier_server.jobs.last_used import LastUsed
@@ -267,6 +268,8 @@ class Wardrobe:
         answer = await self._calls.call(
             lambda call: ImportAdapter(call, str(path), name, target.new_version, terms), AdapterImported
         )
+        picture = await asyncio.to_thread(thumbnails.embedded, path)
+        await asyncio.to_thread(thumbnails.keep, self._store, answer.checkpoint, picture)
         return await self.published(answer.checkpoint), answer
 
     async def target(self, target: PublishAs) -> PublishAs:

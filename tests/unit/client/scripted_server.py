@@ -99,6 +99,7 @@ class Script:
     generates: list[generation_pb2.GenerateRequest] = field(default_factory=list)
     imports: list[list[adapter_pb2.ImportAdapterRequest]] = field(default_factory=list)
     calls: list[Any] = field(default_factory=list)
+    held: int = 0
     export: bytes = b"weights"
     export_digest: str = ""
     events: list[training_pb2.TrainingEvent] = field(default_factory=training_events)
@@ -253,7 +254,7 @@ class Adapters(AdapterServiceServicer):
 
     def QueryUpload(self, request: Any, context: Any) -> adapter_pb2.QueryUploadResponse:
         self.script.calls.append(request)
-        return adapter_pb2.QueryUploadResponse(offset=2**20 + 5)
+        return adapter_pb2.QueryUploadResponse(offset=self.script.held)
 
     def TagAdapter(self, request: Any, context: Any) -> adapter_pb2.TagAdapterResponse:
         self.script.calls.append(request)

@@ -254,6 +254,7 @@ def test_info_exits_0_only_when_ready(run: Callable[..., Result], server: Any) -
 def test_an_interrupted_import_goes_on(run: Callable[..., Result], server: Any, tmp_path: Path) -> None:
     source, data = tmp_path / "a.safetensors", os.urandom(3 * 2**20)
     source.write_bytes(data)
+    server.script.held = 2**20 + 5
     assert run("adapters", "import", source, "--name", "zoe").exit_code == 0
     asked, (first, *chunks) = server.script.calls[-1], server.script.imports[-1]
     assert (asked.size_bytes, asked.sha256) == (len(data), hashlib.sha256(data).hexdigest())
