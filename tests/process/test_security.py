@@ -150,6 +150,24 @@ def test_a_server_of_another_authority_is_not_talked_to(guarded: Guarded, tmp_pa
         client.server_info()
 
 
+def test_the_command_line_says_when_tls_may_be_missing(guarded: Guarded) -> None:
+    atelier = str(Path(sys.executable).with_name("atelier"))
+    command = [atelier, "info", "--token", RED, "--server"]
+    plain = [*command, guarded.server.address]
+    told = subprocess.run(plain, capture_output=True, text=True, check=False, timeout=120)
+    assert told.returncode == 1
+    assert "see --tls, --tls-ca" in told.stderr
+    assert RED not in told.stderr
+    told = subprocess.run(
+        [*command, guarded.address, "--tls-ca", str(guarded.authority.file)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert (told.returncode, "tenant   red" in told.stdout) == (0, True)
+
+
 def test_the_certificate_changes_without_a_restart(guarded: Guarded, tmp_path: Path) -> None:
     successor = Authority(tmp_path / "successor")
     with guarded.client() as connected:

@@ -28,6 +28,10 @@ _TRAINING_KINDS = {
 }
 
 
+# What gRPC says where one side speaks TLS and the other does not.
+_NO_TLS = ("socket closed", "connection reset", "handshake")
+
+
 def say(text: str) -> None:
     """A line on stderr."""
     print(text, file=sys.stderr, flush=True)
@@ -81,6 +85,8 @@ def print_error(error: AtelierError) -> None:
         say(f"  {violation.field}: {violation.description}")
     if error.retry_after:
         say(f"  try again in {error.retry_after:g} s")
+    if not error.reason and any(words in error.message.lower() for words in _NO_TLS):
+        say("  does one side speak TLS and the other not, or not trust it? see --tls, --tls-ca, --tls-cert")
 
 
 def duration(seconds: float) -> str:
