@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import ControlNetModel, DiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -72,6 +72,30 @@ def write_single_file(pipeline: DiffusionPipeline, path: Path, family: str = "sd
         for name, tensor in (_open_clip(bare) if is_open_clip else bare).items():
             tensors[prefix + name] = tensor
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def write_controlnet_file(controlnet: ControlNetModel, path: Path) -> None:
+    """A ControlNet in one file, under the names of its authors' code."""
+    blocks = len(controlnet.controlnet_cond_embedding.blocks)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in controlnet.state_dict().items():
+        renamed = name
+        for pattern, place in (
+            (r"controlnet_cond_embedding\.conv_in", "input_hint_block.0"),
+            (r"controlnet_cond_embedding\.conv_out", f"input_hint_block.{2 * blocks + 2}"),
+            (r"controlnet_mid_block", "middle_block_out.0"),
+            (r"controlnet_down_blocks\.(\d+)", r"zero_convs.\1.0"),
+        ):
+            renamed = re.sub(pattern, place, renamed)
+        renamed = re.sub(
+            r"controlnet_cond_embedding\.blocks\.(\d+)",
+            lambda m: f"input_hint_block.{2 * int(m[1]) + 2}",
+            renamed,
+        )
+        if renamed == name:
+            renamed = _unet_name(name, controlnet.config.layers_per_block, [])
+        tensors[f"control_model.{renamed}"] = tensor.contiguous()
+    save_file(tensors, path)
 
 
 def _open_clip(states: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from atelier_server.diffusion.denoiser import Denoiser, Picture
 from atelier_server.diffusion.families import UnsupportedModel
 from atelier_server.diffusion.trajectory import Trajectory
 from tests.bases import FAMILIES, PIXELS, peer, sampled, save_base, save_controlnet
+from tests.ldm import write_controlnet_file
 
 PROMPT = "a red octopus on a beach"
 NAMES = ("canny", "depth")
@@ -188,6 +190,40 @@ def test_what_does_not_use_a_controlnet_never_sees_its_overflow(served: dict[str
     assert torch.equal(plain, painted(mine, [picture(mine)], 4)[0])
 
 
+@pytest.mark.parametrize("original", [False, True], ids=["diffusers' names", "original names"])
+def test_a_single_file_takes_its_config_from_the_folder_beside_it(
+    original: bool, served: dict[str, Served], tmp_path: Path
+) -> None:
+    mine = served["sd1"]
+    net, file = mine.nets["canny"].model, _beside(mine, tmp_path)
+    if original:
+        write_controlnet_file(net, file)
+    else:
+        shutil.copy(mine.folders["canny"] / "diffusion_pytorch_model.safetensors", file)
+    loaded = load_controlnets({"lines": str(file)}, mine.base)["lines"]
+    states = loaded.model.state_dict()
+    assert states.keys() == net.state_dict().keys()
+    assert all(torch.equal(tensor, states[name]) for name, tensor in net.state_dict().items())
+    with pytest.raises(UnsupportedModel, match=r"does not fit the base \(sdxl\)"):
+        load_controlnets({"lines": str(file)}, served["sdxl"].base)
+
+
+def test_a_single_file_that_is_not_whole_is_told(served: dict[str, Served], tmp_path: Path) -> None:
+    """diffusers does not know the original names of SDXL's additional embedding in a ControlNet."""
+    mine = served["sdxl"]
+    file = _beside(mine, tmp_path)
+    write_controlnet_file(mine.nets["canny"].model, file)
+    with pytest.raises(UnsupportedModel, match=r"lines\.safetensors is not whole: it lacks tensors"):
+        load_controlnets({"lines": str(file)}, mine.base)
+
+
+def _beside(served: Served, folder: Path) -> Path:
+    """The place for a file, with the config of `canny` beside it."""
+    (folder / "lines").mkdir()
+    shutil.copy(served.folders["canny"] / "config.json", folder / "lines")
+    return folder / "lines.safetensors"
+
+
 def test_the_window_is_diffusers() -> None:
     control = Control(net=None, image=torch.empty(0), scale=0.5, start=0.2, end=0.6)  # type: ignore[arg-type]
     assert [control.scale_at(step, 5) for step in range(5)] == [0.0, 0.5, 0.5, 0.0, 0.0]
@@ -209,7 +245,7 @@ def test_another_familys_is_refused_at_the_start(served: dict[str, Served]) -> N
     ("reference", "message"),
     [
         ("/no/such/folder", "there is no such folder"),
-        ("./net.safetensors", "there is no such folder; a hub id or a folder with config.json would do"),
+        ("./net.safetensors", "there is no such file"),
     ],
 )
 def test_what_is_not_there_is_named(reference: str, message: str, served: dict[str, Served]) -> None:

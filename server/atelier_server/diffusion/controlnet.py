@@ -18,7 +18,7 @@ from atelier_server.diffusion.base import BaseModel, digest
 from atelier_server.diffusion.conditioning import Conditioning
 from atelier_server.diffusion.families import UnsupportedModel
 from atelier_server.diffusion.images import decode_picture
-from atelier_server.diffusion.loading import read_json, weights
+from atelier_server.diffusion.loading import read_json, weights, whole
 from atelier_server.guides import ControlNetInfo, ControlUse
 
 _KEPT = 8
@@ -168,20 +168,48 @@ def load_controlnets(references: Mapping[str, str], base: BaseModel) -> dict[str
 
 
 def _load(name: str, reference: str, base: BaseModel) -> ControlNet:
-    folder = Path(reference) if Path(reference).is_dir() else _download(reference)
-    config = read_json(folder / "config.json")
-    if reason := mismatch(config, base.unet.config, base.family.name, base.latent_scale):
-        raise UnsupportedModel(reason)
+    path = Path(reference)
+    if path.suffix == ".safetensors":
+        model, files = _from_file(path, base)
+    else:
+        model, files = _from_folder(path if path.is_dir() else _download(reference), base)
+    return ControlNet(name, reference, digest(files), model.requires_grad_(False).eval().to(base.device))
+
+
+def _from_folder(folder: Path, base: BaseModel) -> tuple[Any, Sequence[Path]]:
+    _check(read_json(folder / "config.json"), base)
     files, variant = weights(folder)
     model = ControlNetModel.from_pretrained(
         folder, dtype=base.dtype, variant=variant, use_safetensors=True, local_files_only=True
     )
-    return ControlNet(name, reference, digest(files), model.requires_grad_(False).eval().to(base.device))
+    return model, files
+
+
+def _from_file(path: Path, base: BaseModel) -> tuple[Any, Sequence[Path]]:
+    """Under diffusers' names or the original ones. Its config.json is that of the folder of the same name
+    beside it, if there is one; else diffusers guesses and fetches it.
+    """
+    if not path.is_file():
+        raise UnsupportedModel("there is no such file")
+    beside = path.with_suffix("")
+    source: dict[str, Any] = {}
+    if beside.is_dir():
+        _check(read_json(beside / "config.json"), base)
+        source = {"config": str(beside), "local_files_only": True}
+    with whole(path):
+        model = ControlNetModel.from_single_file(str(path), dtype=base.dtype, **source)
+    _check({"_class_name": type(model).__name__, **model.config}, base)
+    return model, [path]
+
+
+def _check(config: Mapping[str, Any], base: BaseModel) -> None:
+    if reason := mismatch(config, base.unet.config, base.family.name, base.latent_scale):
+        raise UnsupportedModel(reason)
 
 
 def _download(reference: str) -> Path:
-    if reference.startswith((".", "/", "~")) or reference.endswith(".safetensors"):
-        raise UnsupportedModel("there is no such folder; a hub id or a folder with config.json would do")
+    if reference.startswith((".", "/", "~")):
+        raise UnsupportedModel("there is no such folder")
     wanted = ["config.json", "diffusion_pytorch_model*.safetensors"]
     return Path(snapshot_download(reference, allow_patterns=wanted))
 

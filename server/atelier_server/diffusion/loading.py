@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,8 +104,19 @@ def _load_file(path: Path, dtype: torch.dtype) -> Loaded:
         source = {"config": str(beside), "local_files_only": True}
     else:
         family, source = _family_of_file(path), {}
-    pipeline = family.pipeline.from_single_file(str(path), dtype=dtype, **family.without, **source)
+    with whole(path):
+        pipeline = family.pipeline.from_single_file(str(path), dtype=dtype, **family.without, **source)
+        pipeline.to("cpu")
     return Loaded(pipeline, family, (path,))
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[None]:
+    """Raises UnsupportedModel for a single file that has no values for some of the tensors that it should."""
+    try:
+        yield
+    except NotImplementedError as error:  # torch's, for a tensor that nothing was written to
+        raise UnsupportedModel(f"{path.name} is not whole: it lacks tensors of the model") from error
 
 
 def _family_of_file(path: Path) -> Family:

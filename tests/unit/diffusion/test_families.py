@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from atelier_server.diffusion.base import BaseModel, load_base
 from atelier_server.diffusion.conditioning import Framing
@@ -200,6 +200,16 @@ def test_a_folder_without_a_unet_is_told(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(UnsupportedModel, match=r"model_index\.json is not JSON"):
         load_base(str(tmp_path), "cpu")
+
+
+@pytest.mark.parametrize("lost", ["model.diffusion_model.out.2.weight", "ln_1.weight"])
+def test_a_single_file_that_is_not_whole_is_told(lost: str, tmp_path: Path) -> None:
+    folder, file = save_base("sdxl", tmp_path / "model"), tmp_path / "model.safetensors"
+    write_single_file(peer("sdxl", folder), file, "sdxl")
+    left = {name: tensor for name, tensor in load_file(file).items() if not name.endswith(lost)}
+    save_file(left, file)
+    with pytest.raises(UnsupportedModel, match=r"model\.safetensors is not whole: it lacks tensors"):
+        load_base(str(file), "cpu")
 
 
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
