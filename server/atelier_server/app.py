@@ -88,7 +88,11 @@ class Application:
             uploads=self._uploads,
             metrics=self.metrics,
             listing=Listing(
-                self._store, self._last_used, self.status.resident, settings.retention_days * 86400
+                self._store,
+                self._last_used,
+                self.status.resident,
+                settings.retention_days * 86400,
+                self.status.in_host_memory,
             ),
             last_used=self._last_used,
         )

@@ -374,6 +374,7 @@ class Heartbeat:
     memory_peak_bytes: int
     component_bytes: tuple[tuple[str, int], ...] = ()
     host_adapters: int = 0
+    host_contents: frozenset[str] = frozenset()
     turns: int = 0
     idle: bool = True
 

@@ -49,6 +49,11 @@ class HostTier:
     def size_bytes(self) -> int:
         return self._size_bytes
 
+    def contents(self) -> frozenset[str]:
+        """The digests of the files that are here."""
+        with self._lock:
+            return frozenset(sha256 for (_, sha256), future in self._held.items() if future.done())
+
     def __len__(self) -> int:
         return len(self._held)
 

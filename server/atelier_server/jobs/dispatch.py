@@ -94,6 +94,10 @@ class WorkerStatus:
                 {"needed_bytes": str(needed), "free_bytes": str(free)},
             )
 
+    def in_host_memory(self) -> frozenset[str]:
+        """The digests of the adapter files that the worker holds beside its slots."""
+        return self.heartbeat.host_contents if self.heartbeat else frozenset()
+
     def resident(self) -> frozenset[CheckpointId]:
         return frozenset(self.heartbeat.resident) if self.heartbeat else frozenset()
 

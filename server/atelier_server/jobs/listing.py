@@ -63,7 +63,8 @@ Position = tuple[Key, str, int]
 
 
 class Listing:
-    """Reads the store for people. `resident` tells what lies in slots now.
+    """Reads the store for people. `resident` tells what lies in slots now, `in_host_memory` which contents do
+    not have to be read again.
 
     What has been deleted is kept for `retention` seconds.
     """
@@ -74,11 +75,13 @@ class Listing:
         last_used: LastUsed,
         resident: Callable[[], frozenset[CheckpointId]],
         retention: float,
+        in_host_memory: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
         self._store = store
         self._last_used = last_used
         self.resident = resident
         self.retention = retention
+        self._in_host_memory = in_host_memory
 
     def page(
         self, query: Query, after: Position | None, size: int, *, thumbnails: bool = False
@@ -126,6 +129,8 @@ class Listing:
     def _tier(self, record: CheckpointRecord, resident: frozenset[CheckpointId]) -> Tier:
         if record.id in resident:
             return Tier.DEVICE
+        if record.sha256 in self._in_host_memory():
+            return Tier.HOST
         return Tier.DISK if not self._store.remote or self._store.is_here(record) else Tier.REMOTE
 
 

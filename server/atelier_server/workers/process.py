@@ -105,6 +105,7 @@ def _heartbeat(loop: Loop, runner: TorchRunner) -> Heartbeat:
         turns=loop.turns,
         idle=loop.idle,
         host_adapters=len(runner.host),
+        host_contents=runner.host.contents(),
         memory_allocated_bytes=memory.allocated,
         memory_reserved_bytes=memory.reserved,
         memory_peak_bytes=memory.peak,

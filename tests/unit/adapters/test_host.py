@@ -49,6 +49,7 @@ def test_an_adapter_is_read_once() -> None:
     assert held
     assert second is first
     assert (len(host), host.size_bytes, disk.read) == (1, ONE, ["a.safetensors"])
+    assert host.contents() == {use("a").sha256}
 
 
 def test_who_fetches_while_it_is_read_ahead_waits_for_the_same_reading() -> None:

@@ -99,9 +99,11 @@ def test_orders_and_what_is_shown(shop: Shop) -> None:
     assert (order(Order.USED), order(Order.USED, descending=True)) == ("acb", "bca")
     shop.resident = frozenset([ids[0]])
     shop.store.labels.set_thumbnail(ids[1], b"picture")
+    in_memory = {shop.store.versions()[2].checkpoints[0].sha256}
+    shop.listing._in_host_memory = lambda: frozenset(in_memory)
     found, _ = shop.listing.page(Query(), None, 10, thumbnails=True)
     assert [listed.thumbnail for listed in found] == [b"picture", b"", b""]
-    assert [next(iter(listed.tiers.values())) for listed in found] == [Tier.DISK, Tier.DEVICE, Tier.DISK]
+    assert [next(iter(listed.tiers.values())) for listed in found] == [Tier.DISK, Tier.DEVICE, Tier.HOST]
     assert [bool(listed.last_used) for listed in found] == [False, True, True]
 
 
