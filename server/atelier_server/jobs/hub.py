@@ -30,13 +30,13 @@ class Fetched:
     size_bytes: int
 
 
-async def fetch(hub_id: str, max_bytes: int) -> Fetched:
-    """OWNER/NAME[/PATH][@REVISION].
+async def fetch(hub_id: str, max_bytes: int, *, private: bool = True) -> Fetched:
+    """OWNER/NAME[/PATH][@REVISION]. What the server's own token and cache may see, unless not `private`.
 
     Only the adapter's own files are fetched. Without a network the cache alone is asked. Raises
     AdapterNotFound, UnsupportedFormat, InvalidRequest for more than `max_bytes`, Unavailable.
     """
-    path = await asyncio.to_thread(_fetch, hub_id, max_bytes)
+    path = await asyncio.to_thread(_fetch, hub_id, max_bytes, private)
     files = adapter_files(_names(path)) if path.is_dir() else [""]
     size = sum((path / name).stat().st_size for name in files)
     if size > max_bytes:
@@ -44,23 +44,28 @@ async def fetch(hub_id: str, max_bytes: int) -> Fetched:
     return Fetched(path, size)
 
 
-def _fetch(hub_id: str, max_bytes: int) -> Path:
+def _fetch(hub_id: str, max_bytes: int, private: bool) -> Path:
     place, _, revision = hub_id.partition("@")
     owner, name, *rest = place.split("/", 2)
     repository, path = f"{owner}/{name}", "".join(rest)
+    token = None if private else False  # None: huggingface_hub's own
     try:
-        files = _choose(_sizes(repository, revision), path, max_bytes)  # before a byte is fetched
-        folder = snapshot_download(repository, revision=revision or None, allow_patterns=files)
+        files = _choose(_sizes(repository, revision, token), path, max_bytes)  # before a byte is fetched
+        folder = snapshot_download(repository, revision=revision or None, allow_patterns=files, token=token)
     except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, HFValidationError) as error:
         raise _missing(hub_id) from error
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        if not private:
+            raise Unavailable(f"the hub cannot be asked for {hub_id} now") from error
         return _cached(repository, revision, path, hub_id)
     return Path(folder) / path
 
 
-def _sizes(repository: str, revision: str) -> Mapping[str, int]:
+def _sizes(repository: str, revision: str, token: bool | None) -> Mapping[str, int]:
     """Every file of a repository."""
-    info = HfApi().model_info(repository, revision=revision or None, files_metadata=True, timeout=30)
+    info = HfApi().model_info(
+        repository, revision=revision or None, files_metadata=True, timeout=30, token=token
+    )
     return {file.rfilename: file.size or 0 for file in info.siblings or []}
 
 

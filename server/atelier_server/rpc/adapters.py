@@ -143,7 +143,9 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> AsyncIterator[Path]:
         """What is to be imported, as a file or folder that is there for the block."""
         if metadata.hub_id:
-            found = await fetch(metadata.hub_id, self._limits.max_adapter_bytes)
+            # The server's access to the hub is its operator's, not every tenant's.
+            private = not caller.tenant().scope.tenant
+            found = await fetch(metadata.hub_id, self._limits.max_adapter_bytes, private=private)
             async with self._wardrobe.space(caller.tenant(), found.size_bytes):
                 yield found.path
             return

@@ -23,8 +23,10 @@ class FakeHub:
         self.files = files
         self.reachable = True
         self.fetched: list[str] | None = None
+        self.tokens: list[bool | None] = []
 
-    def model_info(self, repository: str, **_: Any) -> Any:
+    def model_info(self, repository: str, *, token: bool | None, **_: Any) -> Any:
+        self.tokens.append(token)
         if not self.reachable:
             raise OfflineModeIsEnabled("no network")
         return SimpleNamespace(
@@ -70,6 +72,15 @@ async def test_only_the_adapter_is_fetched(repository: FakeHub) -> None:
     assert (found.path, found.size_bytes) == (repository.folder, 110)
     found = await hub.fetch("someone/toy/other.safetensors@main", 1000)
     assert (found.path.name, found.size_bytes) == ("other.safetensors", 1000)
+
+
+async def test_a_tenant_sees_what_everybody_sees(repository: FakeHub) -> None:
+    await hub.fetch("someone/toy", 1000, private=False)
+    await hub.fetch("someone/toy", 1000)
+    assert repository.tokens == [False, None]
+    repository.reachable = False  # the cache may hold what the operator alone may read
+    with pytest.raises(Unavailable, match="cannot be asked"):
+        await hub.fetch("someone/toy", 1000, private=False)
 
 
 async def test_too_much_is_refused_before_it_is_fetched(repository: FakeHub) -> None:
