@@ -63,6 +63,12 @@ class Shelf:
                 return found
         raise missing(name, f"v{version}" if version is not None else "")
 
+    def versions_of(self, name: str) -> list[AdapterVersion]:
+        """Every version of one adapter by number; none for a name that is none."""
+        if not SCOPED_NAME.fullmatch(name):
+            return []
+        return self._catalog.versions(name, self._entries(name))
+
     def versions(self, tenant: str | None = None, *, deleted: bool = False) -> list[AdapterVersion]:
         """Every version by name, then number; also those without a checkpoint yet.
 

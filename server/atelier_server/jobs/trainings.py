@@ -267,7 +267,7 @@ class Trainings:
 
     def taken(self, name: str) -> bool:
         """Whether the name is; a training that failed before its first checkpoint leaves it free."""
-        versions = [version for version in self._store.versions() if version.meta.name == name]
+        versions = self._store.versions_of(name)
         return any(version.checkpoints for version in versions) or self._runs.writes(name, None)
 
     async def _free_id(self, name: str) -> str:

@@ -84,9 +84,7 @@ class Wardrobe:
 
     def _pinned(self, ref: AdapterRef) -> AdapterUse:
         """The checkpoint with the hash that the reference names, of whatever version and step."""
-        records = [
-            record for v in self._store.versions() if v.meta.name == ref.name for record in v.checkpoints
-        ]
+        records = [record for v in self._store.versions_of(ref.name) for record in v.checkpoints]
         for record in records:
             if record.sha256 == ref.sha256:
                 return AdapterUse(record.id, ref.weight, record.path, record.sha256)
@@ -194,8 +192,7 @@ class Wardrobe:
 
         def undelete() -> list[Listed]:
             self._store.trash.undelete(name, version)
-            versions = self._store.versions(name.rpartition("/")[0])
-            back = [v for v in versions if v.meta.name == name and version in (None, v.meta.version)]
+            back = [v for v in self._store.versions_of(name) if version in (None, v.meta.version)]
             return self.listing.describe([v for v in back if v.checkpoints])
 
         found = await asyncio.to_thread(undelete)
@@ -304,7 +301,7 @@ class Wardrobe:
     def _checkpoints(self, name: str, version: int | None) -> tuple[CheckpointId, ...]:
         return tuple(
             record.id
-            for found in self._store.versions()
-            if found.meta.name == name and version in (None, found.meta.version)
+            for found in self._store.versions_of(name)
+            if version in (None, found.meta.version)
             for record in found.checkpoints
         )

@@ -101,6 +101,9 @@ def test_tenants_have_names_of_their_own(store: AdapterStore) -> None:
         with pytest.raises(AdapterExists):
             adopt(store, name)
 
+    assert [v.meta.name for v in store.versions_of("acme/otto")] == ["acme/otto"]
+    assert store.versions_of("nobody") == store.versions_of("../x") == []
+
     def names(tenant: str | None) -> list[str]:
         return [v.meta.name for v in store.versions(tenant)]
 

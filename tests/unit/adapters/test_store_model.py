@@ -274,7 +274,7 @@ class RemoteMachine(StoreMachine):
 
 @pytest.mark.parametrize("machine", [StoreMachine, RemoteMachine])
 def test_a_sample(machine: type[StoreMachine]) -> None:
-    _run(machine, examples=20, steps=20)
+    _run(machine, examples=12, steps=20)
 
 
 @pytest.mark.soak
