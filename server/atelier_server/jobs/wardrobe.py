@@ -88,9 +88,12 @@ class Wardrobe:
         for record in records:
             if record.sha256 == ref.sha256:
                 return AdapterUse(record.id, ref.weight, record.path, record.sha256)
-        there = ", ".join(f"{r.id} of v{r.id.version} has {r.sha256[:12]}" for r in records[-_NAMED:])
+        name = ref.name.rpartition("/")[2]  # as its tenant names it
+        there = ", ".join(
+            f"{name}@{r.id.step} of v{r.id.version} has {r.sha256[:12]}" for r in records[-_NAMED:]
+        )
         raise AdapterNotFound(
-            f"no checkpoint of {ref.name!r} has the sha256 {ref.sha256[:12]}...; {there or 'there is none'}",
+            f"no checkpoint of {name!r} has the sha256 {ref.sha256[:12]}...; {there or 'there is none'}",
             name=ref.name,
         )
 

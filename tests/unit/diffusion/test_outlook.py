@@ -38,11 +38,19 @@ def begun(base: BaseModel, name: str, steps: int, options: SchedulerOptions) -> 
     return Picture(trajectory, prompt=prompt, negative=negative, guidance_scale=5.0)
 
 
-@pytest.mark.parametrize("karras", [False, True])
-@pytest.mark.parametrize("name", ["ddim", "euler", "lms", "heun", "kdpm2"])
+@pytest.mark.parametrize(
+    ("name", "karras"),
+    [
+        ("ddim", False),
+        ("kdpm2", True),
+        *(
+            pytest.param(n, k, marks=pytest.mark.soak)
+            for n in ("euler", "lms", "heun")
+            for k in (False, True)
+        ),
+    ],
+)
 def test_clean_latents_are_the_schedulers_own(base: BaseModel, name: str, karras: bool) -> None:
-    if karras and name == "ddim":
-        return
     options = SchedulerOptions(use_karras_sigmas=True) if karras else SchedulerOptions()
     picture = begun(base, name, 4, options)
     trajectory = picture.trajectory
@@ -63,7 +71,14 @@ def test_clean_latents_are_the_schedulers_own(base: BaseModel, name: str, karras
         assert (clean - own[-1][0]).abs().max() <= 0.02 * own[-1].abs().max()
 
 
-@pytest.mark.parametrize("name", ["dpmpp-2m", "unipc", "deis", "pndm", "ddpm", "dpmpp-sde", "lcm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dpmpp-2m",
+        "pndm",
+        *(pytest.param(n, marks=pytest.mark.soak) for n in ("unipc", "deis", "ddpm", "dpmpp-sde", "lcm")),
+    ],
+)
 def test_the_last_outlook_is_the_picture(base: BaseModel, name: str) -> None:
     """Schedulers that do not tell: near the end the guess is what comes out."""
     picture = begun(base, name, 8, SchedulerOptions())
