@@ -11,9 +11,10 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from time import monotonic
 
-from atelier_server.core import AdapterUse, CheckpointId, GenerationJob, TrainingJob
+from atelier_server.core import CheckpointId, GenerationJob, TrainingJob
 from atelier_server.engine.aside import Aside, DeviceWork
 from atelier_server.engine.generations import Generations
+from atelier_server.engine.loading import Loading
 from atelier_server.engine.residency import Residency
 from atelier_server.engine.runner import Decoded, Runner
 from atelier_server.engine.scheduler import DenoiseBatch, ImageTask, Scheduler, TrainStep, all_rows
@@ -102,7 +103,7 @@ class Loop:
         self.turns = 0
         self.idle = True
         self._draining = False
-        self._doomed: set[CheckpointId] = set()
+        self._loading = Loading(self.residency, runner=runner, send=emit, in_use=self._in_use)
 
     # -------------------------------------------------------------------------------------------- the loop
     def run(self) -> None:
@@ -161,11 +162,7 @@ class Loop:
     # ---------------------------------------------------------------------------------------- generations
     def _submit_generation(self, job: GenerationJob, origin: Origin) -> None:
         self.generations.begin(job, self.scheduler.submit(job), origin)
-        for use in job.adapters:
-            hit = self.residency.slot(use.checkpoint) is not None
-            self._send(Sample("adapter_lookups_total", 1.0, ("hit" if hit else "miss",)))
-            if not hit:
-                self._runner.prefetch(use)
+        self._loading.announce(job.adapters)
         self.generations.tell_positions(list(self.scheduler.waiting_jobs()))
 
     def _denoise(self, batch: DenoiseBatch) -> None:
@@ -190,7 +187,7 @@ class Loop:
             self.scheduler.remove(done)
             for task in done:
                 self._runner.decode(task, partial(self._put_decoded, task))
-            self._retire()
+            self._loading.retire()
 
     def _put_decoded(self, task: ImageTask, picture: Decoded) -> None:
         self._inbox.put(TaskDecoded(task, picture))
@@ -204,34 +201,13 @@ class Loop:
         slots: dict[CheckpointId, int] = {}
         for use in {use.checkpoint: use for task in batch.tasks for use in task.job.adapters}.values():
             try:
-                slots[use.checkpoint] = self._load_one(use, pinned)
+                slots[use.checkpoint] = self._loading.load(use, pinned)
             except AtelierError as error:
                 users = {t.job.id for t in self.scheduler.tasks if use.checkpoint in t.checkpoints}
                 for job_id in users:
                     self._fail(job_id, error)
                 return None
         return slots
-
-    def _load_one(self, use: AdapterUse, pinned: frozenset[CheckpointId]) -> int:
-        evictions = self.residency.evictions
-        slot, needs_load = self.residency.acquire(use.checkpoint, pinned)
-        if needs_load:
-            before = monotonic()
-            try:
-                source = self._runner.load(use, slot)
-            except Exception:
-                self.residency.release([use.checkpoint])
-                self._runner.clear(slot)
-                raise
-            seconds = monotonic() - before
-            self._send(Sample("adapter_load_seconds", seconds, (source,)))
-            _log.info(
-                "adapter loaded",
-                extra={"adapter": str(use.checkpoint), "source": source, "seconds": round(seconds, 4)},
-            )
-        if evicted := self.residency.evictions - evictions:
-            self._send(Sample("adapter_evictions_total", float(evicted)))
-        return slot
 
     def _open(self, batch: DenoiseBatch, slots: Mapping[CheckpointId, int]) -> bool:
         """Begins the pictures of a batch that are new. False when a request fell out."""
@@ -323,7 +299,7 @@ class Loop:
         self.scheduler.remove(tasks)
         for task in tasks:
             self._runner.close(task)
-        self._retire()
+        self._loading.retire()
 
     # ------------------------------------------------------------------------------------------ trainings
     def _submit_training(self, job: TrainingJob, origin: Origin) -> None:
@@ -378,24 +354,9 @@ class Loop:
     def _answer(self, command: LoadAdapter | UnloadAdapter) -> Event:
         match command:
             case LoadAdapter(call_id=call_id, use=use):
-                resident = self.residency.slot(use.checkpoint) is not None
-                self._load_one(use, self._in_use())
-                return AdapterLoaded(call_id, not resident)
+                return AdapterLoaded(call_id, self._loading.ensure(use))
             case UnloadAdapter(call_id=call_id, checkpoints=checkpoints):
-                return AdaptersUnloaded(call_id, self._unload(checkpoints))
+                return AdaptersUnloaded(call_id, self._loading.unload(checkpoints))
 
     def _in_use(self) -> frozenset[CheckpointId]:
         return frozenset[CheckpointId]().union(*(task.checkpoints for task in self.scheduler.tasks))
-
-    def _unload(self, checkpoints: tuple[CheckpointId, ...]) -> int:
-        """Frees what nobody uses now, and marks the rest to be freed when its last picture is done."""
-        resident = {c for c in checkpoints if self.residency.slot(c) is not None}
-        self._doomed |= resident
-        self._retire()
-        return len(resident)
-
-    def _retire(self) -> None:
-        idle = self._doomed - self._in_use() if self._doomed else frozenset()
-        for slot in self.residency.release(idle):
-            self._runner.clear(slot)
-        self._doomed -= idle
