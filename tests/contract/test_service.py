@@ -160,7 +160,7 @@ async def test_a_folder_that_is_none(service: Service, files: list[tuple[str, in
     assert field in refusal.violations
 
 
-@pytest.mark.parametrize("hub_id", ["nobody", "../x", "a/b/../../c@x y", "http://a/b"])
+@pytest.mark.parametrize("hub_id", ["nobody", "../x", "a/b/../../c@x y", "http://a/b", "a/b//etc/x", "a/b/"])
 async def test_a_hub_id_that_is_none(service: Service, hub_id: str) -> None:
     fields = {"hub_id": hub_id, "size_bytes": 0, "sha256": ""}
     refusal = await refused(service.adapters.ImportAdapter(iter(import_requests(b"", **fields))))

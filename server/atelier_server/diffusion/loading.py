@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 
 from atelier_server import pocket
@@ -42,14 +45,36 @@ def load_pipeline(reference: str, dtype: torch.dtype) -> Loaded:
     return _load_folder(path if path.is_dir() else downloaded(reference), dtype)
 
 
-def downloaded(reference: str) -> Path:
-    """The local snapshot of a hub repository; what is not served is refused before its download."""
+def downloaded_as_anybody(reference: str) -> Path:
+    """The local snapshot of a hub repository that everybody may read. Raises UnsupportedModel.
+
+    The hub is asked first: diffusers would take what it cannot have now from this machine's cache, where
+    lies what its operator alone may read, and a folder of that name before both.
+    """
+    refused = UnsupportedModel("the hub has no such model that everybody may read, or cannot be asked now")
+    if Path(reference).exists():
+        raise refused
+    try:
+        found = HfApi().model_info(reference, timeout=30, token=False)
+    except (httpx2.HTTPError, OfflineModeIsEnabled, HFValidationError) as error:
+        raise refused from error
+    if found.private or found.gated:
+        raise refused
+    return downloaded(reference, token=False)
+
+
+def downloaded(reference: str, token: bool | None = None) -> Path:
+    """The local snapshot of a hub repository; what is not served is refused before its download.
+
+    `token` False is nobody's, None is this machine's own.
+    """
     if reference.startswith((".", "/", "~")):
         raise UnsupportedModel("there is no such folder or file")
-    index = DiffusionPipeline.load_config(reference)
-    unet = UNet2DConditionModel.load_config(reference, subfolder="unet") if "unet" in index else {}
+    index = DiffusionPipeline.load_config(reference, token=token)
+    has_unet = "unet" in index
+    unet = UNet2DConditionModel.load_config(reference, subfolder="unet", token=token) if has_unet else {}
     detect(index, unet)
-    options = {"use_safetensors": True, "safety_checker": None}
+    options = {"use_safetensors": True, "safety_checker": None, "token": token}
     try:
         folder = DiffusionPipeline.download(reference, **options)
     except OSError:  # no full weights: half ones, perhaps

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from atelier_server import pocket
 from atelier_server.diffusion.families import UnsupportedModel
-from atelier_server.diffusion.loading import downloaded, weights
+from atelier_server.diffusion.loading import downloaded, downloaded_as_anybody, weights
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 # Of a single file: the first text encoder, which has transformers' own names there.
@@ -34,11 +34,14 @@ class ModelWeights:
         self._open: dict[Path, Any] = {}
 
     @classmethod
-    def of(cls, reference: str, unet_config: Mapping[str, Any]) -> ModelWeights:
+    def of(cls, reference: str, unet_config: Mapping[str, Any], *, public: bool = False) -> ModelWeights:
         """`reference` as `serve --model` takes it. Raises UnsupportedModel or OSError.
 
-        `unet_config`: the U-Net's, by which a single file's layers are named.
+        `unet_config`: the U-Net's, by which a single file's layers are named. `public`: only what everybody
+        may read, neither this machine's files nor what its token opens.
         """
+        if public and reference != "pocket":
+            return cls(_of_folder(downloaded_as_anybody(reference)))
         path = pocket.path() if reference == "pocket" else Path(reference)
         if path.suffix == ".safetensors":
             return cls(_of_file(path, unet_config))

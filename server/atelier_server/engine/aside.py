@@ -127,7 +127,7 @@ class Aside:
             self._send(CallProgress(command.call_id, done, total))
 
         made = self._runner.extract_adapter(
-            command.tuned, command.base, command.rank, command.target, progress
+            command.tuned, command.base, command.rank, command.target, progress, public=command.public
         )
         self._waited_for.discard(command.call_id)
         return AdapterMade(command.call_id, *made)

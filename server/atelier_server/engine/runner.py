@@ -119,7 +119,14 @@ class Runner(Protocol):
         """Publishes the weighted sum: the checkpoint, and the share of the change that is kept."""
 
     def extract_adapter(
-        self, tuned: str, base: str, rank: int, target: PublishAs, progress: Callable[[int, int], None]
+        self,
+        tuned: str,
+        base: str,
+        rank: int,
+        target: PublishAs,
+        progress: Callable[[int, int], None],
+        *,
+        public: bool,
     ) -> tuple[CheckpointId, float]:
         """Publishes the difference of two bases; what `progress` raises ends the work."""
 

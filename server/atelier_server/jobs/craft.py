@@ -45,7 +45,9 @@ class Craft:
             target = await self._wardrobe.target(target)
             task = asyncio.create_task(
                 self._calls.call(
-                    lambda call: ExtractAdapter(call, tuned, base, rank, target),
+                    lambda call: ExtractAdapter(
+                        call, tuned, base, rank, target, public=bool(tenant.scope.tenant)
+                    ),
                     AdapterMade,
                     lambda done, total: told.put_nowait((done, total)),
                 )

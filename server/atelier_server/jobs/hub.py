@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx2
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -54,7 +54,7 @@ def _fetch(hub_id: str, max_bytes: int, private: bool) -> Path:
         folder = snapshot_download(repository, revision=revision or None, allow_patterns=files, token=token)
     except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, HFValidationError) as error:
         raise _missing(hub_id) from error
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (httpx2.HTTPError, OfflineModeIsEnabled, OSError) as error:
         if not private:
             raise Unavailable(f"the hub cannot be asked for {hub_id} now") from error
         return _cached(repository, revision, path, hub_id)
@@ -62,10 +62,13 @@ def _fetch(hub_id: str, max_bytes: int, private: bool) -> Path:
 
 
 def _sizes(repository: str, revision: str, token: bool | None) -> Mapping[str, int]:
-    """Every file of a repository."""
+    """Every file of a repository. Without the server's own token, of one that everybody may read."""
     info = HfApi().model_info(
         repository, revision=revision or None, files_metadata=True, timeout=30, token=token
     )
+    if token is False and info.gated:
+        # Its files may lie in the cache: downloaded with the token that is not to be used now.
+        raise _missing(repository)
     return {file.rfilename: file.size or 0 for file in info.siblings or []}
 
 

@@ -107,7 +107,8 @@ class MergeAdapters:
 class ExtractAdapter:
     """Publishes the difference of two bases, to a rank; references as `serve --model` takes them.
 
-    `base` "" is the resident base. Answered by `CallProgress`, then `AdapterMade` or `CallFailed`.
+    `base` "" is the resident base. `public`: only what everybody may read, none of the server's own files
+    and nothing that its token opens. Answered by `CallProgress`, then `AdapterMade` or `CallFailed`.
     """
 
     call_id: str
@@ -115,6 +116,7 @@ class ExtractAdapter:
     base: str
     rank: int
     target: PublishAs
+    public: bool
 
 
 @dataclass(frozen=True, slots=True)

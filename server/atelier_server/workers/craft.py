@@ -36,11 +36,21 @@ class Craft:
         return self._files.publish(merged.adapter, target), merged.kept
 
     def extract(
-        self, tuned: str, base: str, rank: int, target: PublishAs, progress: Callable[[int, int], None]
+        self,
+        tuned: str,
+        base: str,
+        rank: int,
+        target: PublishAs,
+        progress: Callable[[int, int], None],
+        *,
+        public: bool,
     ) -> tuple[CheckpointId, float]:
-        """`base` "" is the resident one, read from its files: with all the digits that they have."""
-        ours = self._weights("base", base or self._base.reference)
-        theirs = self._weights("tuned", tuned)
+        """`base` "" is the resident one, read from its files: with all the digits that they have.
+
+        `public`: what is named is read only where everybody may.
+        """
+        ours = self._weights("base", base or self._base.reference, public=public and bool(base))
+        theirs = self._weights("tuned", tuned, public=public)
         both = ours.components & theirs.components
         shapes = {
             layer: self._bank.shapes[layer] for layer in self._bank.layers if layer.partition(".")[0] in both
@@ -66,9 +76,9 @@ class Craft:
             ) from error
         return adapter
 
-    def _weights(self, field: str, reference: str) -> ModelWeights:
+    def _weights(self, field: str, reference: str, *, public: bool) -> ModelWeights:
         try:
-            return ModelWeights.of(reference, self._base.unet.config)
+            return ModelWeights.of(reference, self._base.unet.config, public=public)
         except (UnsupportedModel, OSError, ValueError, KeyError) as error:
             raise InvalidRequest.of(
                 [Violation(field, f"model {reference!r} cannot be read: {error}")]

@@ -201,9 +201,16 @@ class TorchRunner:
         return self._craft.merge(uses, rank, target)
 
     def extract_adapter(
-        self, tuned: str, base: str, rank: int, target: PublishAs, progress: Callable[[int, int], None]
+        self,
+        tuned: str,
+        base: str,
+        rank: int,
+        target: PublishAs,
+        progress: Callable[[int, int], None],
+        *,
+        public: bool,
     ) -> tuple[CheckpointId, float]:
-        return self._craft.extract(tuned, base, rank, target, progress)
+        return self._craft.extract(tuned, base, rank, target, progress, public=public)
 
     def diff_adapters(self, a: AdapterUse, b: AdapterUse) -> AdapterComparison:
         return self._craft.diff(a, b)

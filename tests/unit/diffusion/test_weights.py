@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import httpx2
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from atelier_server.diffusion import loading
 from atelier_server.diffusion.base import load_base
 from atelier_server.diffusion.families import UnsupportedModel
 from atelier_server.diffusion.weights import ModelWeights
@@ -49,3 +53,41 @@ def test_what_is_no_model_is_refused(reference: str, tmp_path: Path) -> None:
     save_file({"x": torch.ones(1)}, tmp_path / "lora.safetensors")
     with pytest.raises((UnsupportedModel, OSError)):
         ModelWeights.of(str(tmp_path / reference) if reference[0] != "." else reference, {})
+
+
+def test_in_public_only_the_hub_is_read_and_as_anybody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenant's reference: no folder of this machine, nothing private, gated or only in the cache."""
+    monkeypatch.chdir(tmp_path)
+    folder = save_base("sd1", tmp_path / "owner" / "here")
+    asked: list[tuple[str, bool | None]] = []
+    error: Exception | None = None
+    found: dict[str, object] = {"private": False, "gated": False}
+
+    def model_info(reference: str, *, token: bool | None, **_: Any) -> Any:
+        asked.append((reference, token))
+        if error is not None:
+            raise error
+        return SimpleNamespace(**found)
+
+    def downloaded(reference: str, token: bool | None = None) -> Path:
+        asked.append((reference, token))
+        return folder
+
+    monkeypatch.setattr(loading, "HfApi", lambda: SimpleNamespace(model_info=model_info))
+    monkeypatch.setattr(loading, "downloaded", downloaded)
+    assert ModelWeights.of("owner/here", {}).components == {"unet", "text_encoder"}
+    with pytest.raises(UnsupportedModel, match="everybody may read"):
+        ModelWeights.of("owner/here", {}, public=True)
+    assert asked == []
+    assert ModelWeights.of("owner/there", {}, public=True).components == {"unet", "text_encoder"}
+    assert asked == [("owner/there", False), ("owner/there", False)]
+    for closed in ({"private": True, "gated": False}, {"private": False, "gated": "manual"}):
+        found |= closed
+        with pytest.raises(UnsupportedModel, match="everybody may read"):
+            ModelWeights.of("owner/there", {}, public=True)
+    error = httpx2.ConnectError("no route to host")
+    with pytest.raises(UnsupportedModel, match="cannot be asked"):
+        ModelWeights.of("owner/there", {}, public=True)
+    assert "unet" in ModelWeights.of("pocket", {}, public=True).components

@@ -103,7 +103,14 @@ class Extracting(FakeRunner):
     """Extracts for as long as its progress is heard."""
 
     def extract_adapter(
-        self, tuned: str, base: str, rank: int, target: PublishAs, progress: Callable[[int, int], None]
+        self,
+        tuned: str,
+        base: str,
+        rank: int,
+        target: PublishAs,
+        progress: Callable[[int, int], None],
+        *,
+        public: bool,
     ) -> tuple[CheckpointId, float]:
         for layer in range(10**9):
             progress(layer, 10**9)
@@ -115,7 +122,7 @@ def test_an_extraction_ends_with_its_caller_or_with_the_worker(end: Message) -> 
     told = threading.Event()
     with ThreadPoolExecutor(1) as aside:
         desk = Desk(aside, Extracting(), heard=told.set)
-        desk.inbox.put(ExtractAdapter("1", "tuned", "", 4, PublishAs("n", False, "")))
+        desk.inbox.put(ExtractAdapter("1", "tuned", "", 4, PublishAs("n", False, ""), public=True))
         desk.loop.turn()
         assert told.wait(30)
         desk.inbox.put(end)

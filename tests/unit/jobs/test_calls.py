@@ -15,7 +15,7 @@ TARGET = PublishAs("n", False, "")
 
 
 def extract(call_id: str) -> ExtractAdapter:
-    return ExtractAdapter(call_id, "tuned", "", 4, TARGET)
+    return ExtractAdapter(call_id, "tuned", "", 4, TARGET, public=False)
 
 
 async def test_progress_is_told_until_the_answer() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx2
 import huggingface_hub.constants
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -22,15 +23,18 @@ class FakeHub:
         self.folder = folder
         self.files = files
         self.reachable = True
+        self.error: Exception = OfflineModeIsEnabled("no network")
+        self.gated = False
         self.fetched: list[str] | None = None
         self.tokens: list[bool | None] = []
 
     def model_info(self, repository: str, *, token: bool | None, **_: Any) -> Any:
         self.tokens.append(token)
         if not self.reachable:
-            raise OfflineModeIsEnabled("no network")
+            raise self.error
         return SimpleNamespace(
-            siblings=[SimpleNamespace(rfilename=name, size=size) for name, size in self.files.items()]
+            gated=self.gated,
+            siblings=[SimpleNamespace(rfilename=name, size=size) for name, size in self.files.items()],
         )
 
     def snapshot_download(
@@ -79,6 +83,21 @@ async def test_a_tenant_sees_what_everybody_sees(repository: FakeHub) -> None:
     await hub.fetch("someone/toy", 1000)
     assert repository.tokens == [False, None]
     repository.reachable = False  # the cache may hold what the operator alone may read
+    with pytest.raises(Unavailable, match="cannot be asked"):
+        await hub.fetch("someone/toy", 1000, private=False)
+
+
+async def test_a_tenant_gets_nothing_that_the_operator_had_to_ask_for(repository: FakeHub) -> None:
+    repository.gated = True
+    await hub.fetch("someone/toy", 1000)
+    with pytest.raises(AdapterNotFound, match="that this server may read"):
+        await hub.fetch("someone/toy", 1000, private=False)
+
+
+async def test_a_network_that_fails_is_no_error_of_ours(repository: FakeHub) -> None:
+    await hub.fetch("someone/toy", 1000)
+    repository.reachable, repository.error = False, httpx2.ConnectError("no route to host")
+    assert (await hub.fetch("someone/toy", 1000)).size_bytes == 110
     with pytest.raises(Unavailable, match="cannot be asked"):
         await hub.fetch("someone/toy", 1000, private=False)
 

@@ -49,12 +49,21 @@ def test_all_that_is_wrong_with_an_extraction_is_told() -> None:
     assert fields(refusal.value) == ["rank", "tuned", "base", "name"]
 
 
-@pytest.mark.parametrize("path", ["/models/tuned", "./tuned", "~/tuned", "../x", "tuned.safetensors"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/models/tuned", "./tuned", "~/tuned", "../x", "tuned.safetensors"),
+        *("models", "models/../../etc", "models/sd/tuned", "owner/tuned.safetensors", "owner/name\n"),
+    ],
+)
 def test_only_a_server_with_one_tenant_reads_its_own_files(path: str) -> None:
     request = pb.ExtractAdapterRequest(tuned=path, name="c", rank=4)
     assert decode_extract(request, LIMITS, Tenant()).name == "c"
     with pytest.raises(InvalidRequest, match=r"tuned: .* is no hub id"):
         decode_extract(request, LIMITS, Tenant("red"))
+    for public in ("owner/name", "pocket"):
+        request = pb.ExtractAdapterRequest(tuned=public, name="c", rank=4)
+        assert decode_extract(request, LIMITS, Tenant("red")).name == "c"
     request = pb.ExtractAdapterRequest(tuned="owner/name", base=path, name="c", rank=4)
     with pytest.raises(InvalidRequest, match=r"base: .* is no hub id"):
         decode_extract(request, LIMITS, Tenant("red"))

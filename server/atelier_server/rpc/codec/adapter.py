@@ -27,7 +27,7 @@ _FILE = re.compile(
     r"(?:(?:unet|text_encoder|text_encoder_2)/)?[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,200}\.(?:safetensors|json)"
 )
 _HUB_ID = re.compile(
-    r"(?!.*\.\.)\w[\w.-]{0,95}/\w[\w.-]{0,95}(?:/[^@\x00-\x1f]{1,200})?(?:@\w[\w./-]{0,100})?"
+    r"(?!.*\.\.)\w[\w.-]{0,95}/\w[\w.-]{0,95}(?:(?:/[^@/\x00-\x1f]{1,100}){1,8})?(?:@\w[\w./-]{0,100})?"
 )
 _PLACEHOLDER = re.compile(r"\S{1,100}")
 

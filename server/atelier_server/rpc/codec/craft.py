@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from atelier.v1 import adapter_pb2 as pb
@@ -15,6 +16,8 @@ from atelier_server.rpc.codec.listing import encode_listed
 
 _MOST_ADAPTERS = 32
 _LONGEST_REFERENCE = 1000
+# What a tenant may name: the embedded model, or one of the hub.
+_PUBLIC = re.compile(r"pocket|(?!.*(?:\.\.|\.safetensors$))\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 
 
 def decode_merge(
@@ -43,9 +46,7 @@ def decode_extract(request: pb.ExtractAdapterRequest, limits: Limits, tenant: Te
     for field, reference in (("tuned", request.tuned), ("base", request.base)):
         checks.text(field, reference, _LONGEST_REFERENCE, empty=field == "base")
         # The files of the server's machine are its operator's, who is the only tenant or has none.
-        if tenant.scope.tenant and (
-            reference.startswith((".", "/", "~")) or reference.endswith(".safetensors")
-        ):
+        if tenant.scope.tenant and reference and not _PUBLIC.fullmatch(reference):
             checks.refuse(field, f"{shown(reference)} is no hub id such as OWNER/NAME")
     target = _target(checks, request, limits)
     checks.done()
