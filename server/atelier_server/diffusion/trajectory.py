@@ -6,7 +6,8 @@ A scheduler object a picture: `step()` keeps its state on the object and takes o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -153,6 +154,23 @@ class Trajectory:
         self.shown = scaled
         return scaled if self.extra_channels is None else torch.cat([scaled, self.extra_channels], dim=1)
 
+    def mark(self) -> Callable[[], None]:
+        """What brings it back to where it stands now; to be called once at most."""
+        generator: torch.Generator | None = self.step_options.get("generator")
+        drawn = generator.get_state() if generator is not None else None
+        # Schedulers shift their lists in place; tensors they replace.
+        state = {k: list(v) if isinstance(v, list) else v for k, v in vars(self.scheduler).items()}
+        latents, index, shown, outlook = self.latents, self.index, self.shown, self.outlook
+
+        def back() -> None:
+            if generator is not None and drawn is not None:
+                generator.set_state(drawn)
+            vars(self.scheduler).clear()
+            vars(self.scheduler).update(state)
+            self.latents, self.index, self.shown, self.outlook = latents, index, shown, outlook
+
+        return back
+
     def advance(self, prediction: Tensor) -> None:
         """One scheduler step with the U-Net's (guided) prediction [1, C, h, w]."""
         if self.shown is not None:
@@ -164,6 +182,18 @@ class Trajectory:
         if self.kept is not None:
             kept = self.kept.image if self.finished else self._noised(self.kept.image, self.kept.noise)
             self.latents = (1 - self.kept.mask) * kept + self.kept.mask * self.latents
+
+
+@contextmanager
+def all_or_none(trajectories: Iterable[Trajectory]) -> Iterator[None]:
+    """Where the block raises, these stand where they stood before it, and can take the same step again."""
+    marks = [trajectory.mark() for trajectory in trajectories]
+    try:
+        yield
+    except BaseException:
+        for back in marks:
+            back()
+        raise
 
 
 def _noise(

@@ -81,7 +81,10 @@ class Runner(Protocol):
     def denoise(
         self, tasks: Sequence[ImageTask], bucket: int, slots: Mapping[CheckpointId, int]
     ) -> list[bool]:
-        """One denoise step for each task; says for each whether that was its last."""
+        """One denoise step for each task; says for each whether that was its last.
+
+        Where it raises, none of them has moved.
+        """
 
     def steps(self, task: ImageTask) -> int:
         """How many forwards an opened picture takes in all."""

@@ -27,7 +27,7 @@ from atelier_server.diffusion.controlnet import ControlNets
 from atelier_server.diffusion.denoiser import Denoiser, Picture
 from atelier_server.diffusion.init_image import InitImages
 from atelier_server.diffusion.meter import peak_bytes
-from atelier_server.diffusion.trajectory import Trajectory
+from atelier_server.diffusion.trajectory import Trajectory, all_or_none
 from atelier_server.engine.runner import Decoded, Memory, OnDevice, Published, StepReport
 from atelier_server.engine.scheduler import ImageTask
 from atelier_server.errors import OutOfMemory
@@ -122,10 +122,12 @@ class TorchRunner:
         alike: dict[int, list[ImageTask]] = {}
         for task in tasks:
             alike.setdefault(self._pictures[task.arrival].tokens, []).append(task)
-        for group in alike.values():
-            self._step(group, bucket, slots)
-        if self.base.device.type == "cuda":
-            torch.cuda.synchronize(self.base.device)
+        # The loop may try them again, in a smaller forward.
+        with all_or_none([self._pictures[task.arrival].trajectory for task in tasks]):
+            for group in alike.values():
+                self._step(group, bucket, slots)
+            if self.base.device.type == "cuda":
+                torch.cuda.synchronize(self.base.device)
         return [self._pictures[task.arrival].trajectory.finished for task in tasks]
 
     def _step(self, tasks: Sequence[ImageTask], bucket: int, slots: Mapping[CheckpointId, int]) -> None:
