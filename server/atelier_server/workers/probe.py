@@ -61,7 +61,7 @@ class Probe:
             framing = Framing.whole(base.native_width, base.native_height)
             conditioning = Conditioning.stack([base.family.condition(embeds, framing)])
             output = self._denoiser.predict(
-                self._latents, torch.tensor([500.0], device=base.device), conditioning
+                self._latents, torch.tensor([_TIMESTEP], device=base.device), conditioning
             )
         return output.float().cpu()
 

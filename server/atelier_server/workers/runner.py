@@ -188,7 +188,8 @@ class TorchRunner:
     def _tried(self, adapter: CanonicalAdapter) -> float | None:
         """How far it moves the U-Net; None where that does not fit the memory of now."""
         try:
-            return self._probe.measure(adapter)
+            with self._eagerly():  # its single row would compile all graphs anew
+                return self._probe.measure(adapter)
         except Exception as error:
             if self.out_of_memory(error) is None:
                 raise

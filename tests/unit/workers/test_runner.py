@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from atelier_server.adapters.canonical import CanonicalAdapter, blank
 from atelier_server.core import GenerationJob, Mode
 from atelier_server.engine.scheduler import ImageTask
 from atelier_server.messages import WorkerSettings
@@ -76,3 +79,24 @@ def test_texts_of_two_lengths_of_which_one_finds_no_memory_step_both_or_none(
     assert len(calls) == 2
     assert [picture.trajectory.index for picture in pictures] == [1, 1]
     assert all(torch.equal(p.trajectory.latents, b) for p, b in zip(pictures, before, strict=True))
+
+
+def test_an_import_is_tried_without_compiling_anything(
+    runner: TorchRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = []
+
+    @contextmanager
+    def eagerly() -> Iterator[None]:
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def measure(adapter: CanonicalAdapter) -> float:
+        assert inside
+        return 0.25
+
+    monkeypatch.setattr(runner, "_eagerly", eagerly)
+    monkeypatch.setattr(runner._probe, "measure", measure)
+    assert runner._tried(blank(runner.bank.shapes)) == 0.25
+    assert not inside
