@@ -26,7 +26,7 @@ def test_the_parts_add_up_to_what_is_allocated(tmp_path: Path) -> None:
             max_lora_rank=16,
         )
     )
-    runner.warm_up()
+    runner.measure()
     memory, parts = runner.memory(), dict(runner.memory().components)
     assert memory.allocated == torch.cuda.memory_allocated()
     assert memory.allocated <= memory.reserved
