@@ -53,8 +53,8 @@ class SlotGroup:
         for name, module in modules.items():
             by_rank[module.A.shape[0]].append(name)
         for rank, names in by_rank.items():
-            a = torch.stack([modules[name].A.reshape(rank, *self.A.shape[2:]) for name in names])
-            b = torch.stack([modules[name].B.reshape(-1, rank) for name in names]).transpose(1, 2)
+            a = self._stack([modules[name].A.reshape(rank, *self.A.shape[2:]) for name in names])
+            b = self._stack([modules[name].B.reshape(-1, rank) for name in names]).transpose(1, 2)
             if any(factors[name] != 1.0 for name in names):
                 b = (
                     b.float()
@@ -87,6 +87,12 @@ class SlotGroup:
             for pair in zip(a.unbind(0), bt.reshape(len(bt), rows, -1, bt.shape[2]).unbind(0), strict=True)
         ]
         return {name: deltas[place] for name, place in self._place.items() if name in names}
+
+    def _stack(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Where they are; on the layers' device if some are there already: DoRA is worked out on it."""
+        if len({tensor.device for tensor in tensors}) > 1:
+            tensors = [tensor.to(self.A.device) for tensor in tensors]
+        return torch.stack(list(tensors))
 
     @property
     def size_bytes(self) -> int:
