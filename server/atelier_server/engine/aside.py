@@ -92,8 +92,15 @@ class Aside:
         """The loop takes no more work. What it has not taken yet, it has to `refuse`."""
         self._ended.set()
 
+    def finish(self) -> None:
+        """Waits until what has begun is answered; what waits for its turn is refused."""
+        for executor in (self._executor, self._long):
+            executor.shutdown()
+
     def _call(self, command: AsideCommand) -> None:
         try:
+            if self._ended.is_set():
+                raise _ending()
             self._send(self._answer(command))
         except Exception as error:
             failure = self._failure("", error)
@@ -109,7 +116,6 @@ class Aside:
             case ExportAdapter(call_id=call_id, use=use, layout=layout, path=path):
                 size, sha256 = self._runner.export_adapter(use, layout, path)
                 return AdapterExported(call_id, path, size, sha256)
-
             case MergeAdapters(call_id=call_id):
                 made = self._runner.merge_adapters(command.uses, command.rank, command.target)
                 return AdapterMade(call_id, *made)

@@ -114,6 +114,7 @@ class Loop:
             while True:
                 if isinstance(message := self._inbox.get_nowait(), DeviceWork):
                     message.refuse()
+        self._aside.finish()
 
     def turn(self) -> None:
         """Takes the messages there are (waiting for one where there is nothing to do), then runs one step."""

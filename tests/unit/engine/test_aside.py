@@ -9,25 +9,27 @@ from queue import SimpleQueue
 
 import pytest
 
-from atelier_server.core import CheckpointId
+from atelier_server.core import AdapterUse, CheckpointId
 from atelier_server.engine.aside import DeviceWork
 from atelier_server.engine.loop import Loop, Message
 from atelier_server.engine.trainings import SampleDefaults
 from atelier_server.errors import ServerDraining
 from atelier_server.messages import (
     AbandonCall,
+    AdapterExported,
     AdapterImported,
     CallFailed,
     CallProgress,
     Drain,
     Event,
+    ExportAdapter,
     ExtractAdapter,
     GenerationCompleted,
     ImportAdapter,
     Submit,
 )
 from atelier_server.report import ImportTerms, PublishAs
-from tests.fakes import FakeRunner, generation
+from tests.fakes import FakeRunner, generation, use
 
 
 class Desk:
@@ -78,6 +80,33 @@ def test_an_import_at_the_end_is_refused_and_holds_nothing_up(first: str) -> Non
     answers = [event for event in desk.events if isinstance(event, AdapterImported | CallFailed)]
     assert len(answers) == 1  # done just in time, or refused
     assert isinstance(answers[0], AdapterImported) or answers[0].reason == "SERVER_DRAINING"
+
+
+class Exporting(FakeRunner):
+    """Is not done with an export before the loop has ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.desk: Desk | None = None
+
+    def export_adapter(self, use: AdapterUse, layout: str, path: str) -> tuple[int, str]:
+        assert self.desk is not None
+        self.desk.inbox.put(Drain())
+        assert self.desk.loop._aside._ended.wait(30)
+        return super().export_adapter(use, layout, path)
+
+
+def test_what_is_under_way_at_the_end_is_answered_and_what_waits_is_refused() -> None:
+    with ThreadPoolExecutor(1) as aside:
+        runner = Exporting()
+        desk = runner.desk = Desk(aside, runner)
+        for call_id in ("1", "2"):
+            desk.inbox.put(ExportAdapter(call_id, use("ada"), "diffusers", "path"))
+        desk.loop.run()
+        answers = list(desk.events)  # all that the front will hear
+    assert [type(answer) for answer in answers] == [AdapterExported, CallFailed]
+    assert isinstance(answers[1], CallFailed)
+    assert (answers[1].call_id, answers[1].reason) == ("2", "SERVER_DRAINING")
 
 
 def test_refused_work_tells_its_caller_and_is_not_run() -> None:
