@@ -215,7 +215,7 @@ class Adapter(_message.Message):
     rank: _builtins.int
     lora_alpha: _builtins.float
     base_model: _builtins.str
-    """The base model it was made for: its reference and the digest of its U-Net."""
+    """The base model it was made for: its reference and the digest of its weights."""
     base_sha256: _builtins.str
     training: _builtins.str
     """The training that made it; empty for an import."""

@@ -166,7 +166,7 @@ class BaseModel(_message.Message):
     family: _builtins.str
     """sd1, sd2 or sdxl."""
     sha256: _builtins.str
-    """Digest of the U-Net's weights."""
+    """Digest of all weights: U-Net, VAE and text encoders."""
     native_width: _builtins.int
     """Pixels."""
     native_height: _builtins.int

@@ -26,7 +26,7 @@ _FIRST_LAYER = "model.diffusion_model.input_blocks.0.0.weight"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Loaded:
-    """A pipeline on the CPU, and the files with its U-Net's weights."""
+    """A pipeline on the CPU, and the files with its weights, in an order that is always the same."""
 
     pipeline: Any
     family: Family
@@ -93,7 +93,7 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> Loaded:
         parts[name] = cls.from_pretrained(
             folder / name, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
         )
-        files = found if name == "unet" else files
+        files += found
     pipeline = family.pipeline.from_pretrained(
         folder, dtype=dtype, local_files_only=True, **parts, **family.without
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from atelier_server import pocket
@@ -47,6 +48,16 @@ def test_a_folder_is_loaded_like_pocket(base: BaseModel, tmp_path: Path) -> None
     loaded = load_base(str(copy_of_pocket(tmp_path / "model")), "cpu")
     assert loaded.sha256 == base.sha256
     assert equal_weights(base, loaded)
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+def test_other_weights_anywhere_are_another_base(base: BaseModel, tmp_path: Path, component: str) -> None:
+    folder = copy_of_pocket(tmp_path / "model")
+    (file,) = (folder / component).glob("*.safetensors")
+    tensors = load_file(file)
+    tensors[min(tensors)] += 1
+    save_file(tensors, file, {"format": "pt"})
+    assert load_base(str(folder), "cpu").sha256 != base.sha256
 
 
 def test_a_half_precision_variant_is_found(base: BaseModel, tmp_path: Path) -> None:
