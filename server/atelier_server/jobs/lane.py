@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from sqlalchemy.exc import OperationalError
 
-from atelier_server.errors import StorageFull
+from atelier_server.errors import ServerDraining, StorageFull
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -44,7 +44,12 @@ class Lane:
         self._queue.put_nowait((action, tries))
 
     async def call(self, function: Callable[[], Awaitable[T]]) -> T:
-        """Runs `function` when everything before it is done; its result, or what it raises."""
+        """Runs `function` when everything before it is done; its result, or what it raises.
+
+        Raises ServerDraining once the lane stops: nothing that comes later is ever done.
+        """
+        if self._stopping:
+            raise ServerDraining("the server is going away")
         answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
         async def run() -> None:

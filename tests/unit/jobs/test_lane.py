@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
-from atelier_server.errors import StorageFull
+from atelier_server.errors import ServerDraining, StorageFull
 from atelier_server.jobs import lane as lane_module
 from atelier_server.jobs.lane import Lane
 
@@ -69,3 +69,9 @@ async def test_a_failure_of_another_kind_stops_nothing(lane: Lane) -> None:
     with pytest.raises(RuntimeError, match="odd"):
         await lane.call(broken)
     await lane.call(nothing)
+
+
+async def test_a_lane_that_has_stopped_refuses_instead_of_never_answering(lane: Lane) -> None:
+    await lane.stop()
+    with pytest.raises(ServerDraining):
+        await asyncio.wait_for(lane.call(nothing), 10)
