@@ -35,10 +35,11 @@ class PartialUploads:
         fewer bytes are here, FailedPrecondition if somebody else is sending it.
         """
         key = _key(tenant, sha256, size_bytes)
-        if key in self._busy:
+        alone = key in self._busy  # nobody can go on with it: another call is sending the same
+        if alone:
             if offset:
                 raise FailedPrecondition("another call is sending this upload; begin at offset 0")
-            key = f"{key}-{time.time_ns():x}"  # on its own; nobody goes on with it
+            key = f"{key}-{time.time_ns():x}"
         path = self._folder / key
         if offset > (held := _size(path)):
             raise InvalidRequest.of(
@@ -46,13 +47,15 @@ class PartialUploads:
             )
         self._folder.mkdir(parents=True, exist_ok=True)
         self._busy.add(key)
+        # Here, not only now and then: else whoever begins and breaks off often enough fills the disk.
+        self.expire()
         try:
             with path.open("ab") as file:
                 file.truncate(offset)
             yield path
-        except asyncio.CancelledError:
-            raise
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError) and not alone:
+                raise
             path.unlink(missing_ok=True)
             raise
         finally:

@@ -6,11 +6,12 @@ import asyncio
 import hashlib
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from atelier_server.errors import TooManyUploads
+from atelier_server.errors import Cancelled, TooManyUploads
 from atelier_server.jobs.partial_uploads import PartialUploads
 from atelier_server.jobs.records import Picture
 
@@ -24,18 +25,21 @@ class Uploads:
         self._folder = folder
         self.partial = PartialUploads(folder.with_name(f"{folder.name}-partial"))
         self._limit = limit
-        self._under_way = 0
+        self._under_way: Counter[str] = Counter()
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
-        """For the length of an upload. Raises TooManyUploads."""
-        if self._under_way >= self._limit:
+    def turn(self, tenant: str) -> Iterator[None]:
+        """For the length of a tenant's upload; one that has none under way may have one.
+
+        Raises TooManyUploads.
+        """
+        if self._under_way.total() >= self._limit and self._under_way[tenant]:
             raise TooManyUploads(f"{self._limit} uploads are under way", {"limit": str(self._limit)})
-        self._under_way += 1
+        self._under_way[tenant] += 1
         try:
             yield
         finally:
-            self._under_way -= 1
+            self._under_way[tenant] -= 1
 
     def sweep(self) -> None:
         """Removes what a former server left."""
@@ -75,6 +79,9 @@ class PictureUpload:
         self.folder = folder
         self.pictures: tuple[Picture, ...] = ()
         self._digest = hashlib.sha256()
+        # Whichever of `move_to` and `discard` comes first decides: the client may go while its training is
+        # written down, and half of its pictures would be no training.
+        self._moving = self._discarded = False
 
     @property
     def images_hash(self) -> str:
@@ -90,12 +97,23 @@ class PictureUpload:
         self.pictures = (*self.pictures, Picture(name, caption))
 
     async def move_to(self, target: Path) -> None:
-        """Makes the pictures a training's own."""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        await asyncio.to_thread(self.folder.rename, target)
+        """Makes the pictures a training's own. Raises Cancelled if they have been discarded."""
+        if self._discarded:
+            raise Cancelled("the client has gone before its training was written down")
+        self._moving = True
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            await asyncio.to_thread(self.folder.rename, target)
+        except BaseException:
+            self._moving = False
+            await self.discard()
+            raise
 
     async def discard(self) -> None:
-        """Removes what has not been moved. Idempotent."""
+        """Removes what is not being moved. Idempotent."""
+        if self._moving:
+            return
+        self._discarded = True
         await asyncio.to_thread(shutil.rmtree, self.folder, ignore_errors=True)
 
 

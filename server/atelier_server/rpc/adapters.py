@@ -117,7 +117,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         metadata = first.metadata
         name, terms = decode_import(metadata, self._limits)
         await self._wardrobe.check_name(name, new_version=metadata.new_version)
-        with self._wardrobe.uploads.turn():
+        with self._wardrobe.uploads.turn(caller.tenant().name):
             async with self._source(request_iterator, metadata) as source:
                 listed, answer = await self._wardrobe.adopt(
                     source, name, new_version=metadata.new_version, terms=terms

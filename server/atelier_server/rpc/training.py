@@ -42,7 +42,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
     ) -> AsyncIterator[pb.TrainResponse]:
         start = await self._start(request_iterator)
         draft = decode_start(start, self._limits, self._status.known_base())
-        with self._uploads.turn():
+        with self._uploads.turn(caller.tenant().name):
             record = await self._receive(draft, request_iterator)
         if start.cancel_on_disconnect:
             on_end(context, lambda: self._cancel_unfinished(record.id))
