@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from dataclasses import replace
 
@@ -188,6 +189,15 @@ def test_any_page_token_is_a_key_or_refused(token: str) -> None:
     assert bool(checks.violations) == bool(token)
     given_key = pages.page_token("trainings", [5])
     assert pages.page_key(checks, "trainings", given_key, (int,)) == [5]
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, f'["trainings", {2**63}]', f'["trainings", -{10**40}]'])
+def test_a_page_token_that_nobody_gave_is_refused(content: str) -> None:
+    """Neither deeper than Python's stack nor beyond what the database can count."""
+    checks = Checks()
+    token = base64.urlsafe_b64encode(content.encode()).decode()
+    assert pages.page_key(checks, "trainings", token, (int,)) is None
+    assert [violation.field for violation in checks.violations] == ["page_token"]
 
 
 @given(st.integers(1, 500), st.integers(0, 3000))

@@ -91,3 +91,11 @@ def test_everything_that_is_wrong_is_told_at_once() -> None:
     assert told["controlnets[1].image"] == "is not a PNG, JPEG or WebP picture"
     assert told["controlnets[1].end"] == "0.5 is not after start, 0.5"
     assert {"controlnets[2].name", "controlnets[2].scale", "controlnets[2].end"} <= told.keys()
+
+
+def test_no_more_pictures_are_looked_at_than_a_request_may_have() -> None:
+    nets = [ControlNetSelection(name=f"n{number}", image=b"x") for number in range(1000)]
+    assert len(control_pictures(GenerateRequest(controlnets=nets))) == 16
+    refusals = refused(*nets)
+    assert refusals["controlnets"] == "1000 are more than 16"
+    assert len(refusals) == 1 + 2 * 16

@@ -13,11 +13,12 @@ from atelier_server.rpc.codec.init_image import fits
 from atelier_server.rpc.pictures import Verdict
 
 _MAX_SCALE = 10.0
+_MOST = 16
 
 
 def control_pictures(request: pb.GenerateRequest) -> dict[str, bytes]:
-    """Field and file of every picture that guides."""
-    return {_image(i): one.image for i, one in enumerate(request.controlnets) if one.image}
+    """Field and file of the pictures that guide, of as many as a request may have."""
+    return {_image(i): one.image for i, one in enumerate(request.controlnets[:_MOST]) if one.image}
 
 
 def decode_controlnets(
@@ -31,7 +32,9 @@ def decode_controlnets(
     """Those of the request, their pictures of `size` (width, height)."""
     loaded = {net.name: net for net in base.controlnets}
     uses: list[ControlUse] = []
-    for number, one in enumerate(request.controlnets):
+    if len(request.controlnets) > _MOST:
+        checks.refuse("controlnets", f"{len(request.controlnets)} are more than {_MOST}")
+    for number, one in enumerate(request.controlnets[:_MOST]):
         field = f"controlnets[{number}]"
         if one.name not in loaded:
             known = ", ".join(loaded) or "none; `atelier serve --controlnet NAME=REF` loads one"

@@ -10,6 +10,7 @@ from atelier_server.rpc.codec.checks import Checks
 
 _DEFAULT = 100
 _MOST = 1000
+_LARGEST = 2**63 - 1  # what a database counts to
 
 
 def page_size(checks: Checks, value: int) -> int:
@@ -29,9 +30,10 @@ def page_key(checks: Checks, method: str, token: str, types: tuple[type, ...]) -
         return None
     try:
         found, *key = json.loads(base64.urlsafe_b64decode(token.encode()))
-        if found == method and [type(item) for item in key] == list(types):
+        right = found == method and [type(item) for item in key] == list(types)
+        if right and all(abs(item) <= _LARGEST for item in key if isinstance(item, int)):
             return list(key)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         pass
     checks.refuse("page_token", "was not given by this method")
     return None
