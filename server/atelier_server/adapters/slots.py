@@ -49,6 +49,7 @@ class SlotGroup:
     def write(self, slot: int, modules: Mapping[str, LoraModule], factors: Mapping[str, float]) -> None:
         """Puts A, and B times the layer's factor, into the slot in place of what it held."""
         self.erase(slot)
+        self._held[slot] = frozenset(modules)  # before a write that may fail, so that `erase` undoes it
         by_rank: defaultdict[int, list[str]] = defaultdict(list)
         for name, module in modules.items():
             by_rank[module.A.shape[0]].append(name)
@@ -64,7 +65,6 @@ class SlotGroup:
             places = torch.tensor([self._place[name] for name in names], device=self.A.device)
             self.A[:, begin : begin + rank].index_copy_(0, places, a.to(self.A))
             self.Bt[:, begin : begin + rank].index_copy_(0, places, b.to(self.Bt))
-        self._held[slot] = frozenset(modules)
 
     def erase(self, slot: int) -> None:
         if self._held.pop(slot, None):
