@@ -301,7 +301,7 @@ class TrainerRun:
         self, trainer: LoraTrainer, context: Callable[[], AbstractContextManager[object]] = nullcontext
     ) -> None:
         self._trainer = trainer
-        self._context = context  # of a step, forward and backward
+        self._context = context  # of all that runs the U-Net
         # Counted here and told by the heartbeat's thread: optimizers allocate at the first step.
         self.state_bytes = 0
         self._has_stepped = False
@@ -328,7 +328,8 @@ class TrainerRun:
         return StepReport(report.loss, report.learning_rate)
 
     def publish(self) -> Published:
-        return _published(self._trainer.publish())
+        with self._context():  # it looks at the last batch once more
+            return _published(self._trainer.publish())
 
 
 def _published(record: CheckpointRecord) -> Published:

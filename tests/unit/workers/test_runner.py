@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from atelier_server.adapters.canonical import CanonicalAdapter, blank
-from atelier_server.core import GenerationJob, Mode
+from atelier_server.core import CheckpointId, GenerationJob, Mode
 from atelier_server.engine.scheduler import ImageTask
 from atelier_server.messages import WorkerSettings
-from atelier_server.workers.runner import TorchRunner
+from atelier_server.workers.runner import TorchRunner, TrainerRun
 
 
 @pytest.fixture(scope="module")
@@ -99,4 +100,25 @@ def test_an_import_is_tried_without_compiling_anything(
     monkeypatch.setattr(runner, "_eagerly", eagerly)
     monkeypatch.setattr(runner._probe, "measure", measure)
     assert runner._tried(blank(runner.bank.shapes)) == 0.25
+    assert not inside
+
+
+@pytest.mark.parametrize("what", ["train_step", "publish"])
+def test_trainings_compile_nothing_either(what: str) -> None:
+    inside = []
+
+    @contextmanager
+    def eagerly() -> Iterator[None]:
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def forward() -> Any:
+        assert inside
+        return SimpleNamespace(
+            loss=0.5, learning_rate=0.1, id=CheckpointId("a", 1, 1), path="", sha256="", size_bytes=1
+        )
+
+    trainer: Any = SimpleNamespace(train_step=forward, publish=forward, state_bytes=lambda: 0)
+    getattr(TrainerRun(trainer, eagerly), what)()
     assert not inside
