@@ -29,21 +29,24 @@ class HostTier:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._held: OrderedDict[_Key, Future[CanonicalAdapter]] = OrderedDict()
+        self._queued: set[_Key] = set()  # to be read ahead, and not begun
         self._size_bytes = 0
         self._ahead = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
 
     def fetch(self, use: AdapterUse) -> tuple[CanonicalAdapter, bool]:
         """The adapter, and whether it was here already (or on its way). Raises what `read` raises."""
         mine, future = self._reserve(use)
+        # Who needs it now does not wait behind what others will need.
+        mine = mine or self._begin(use)
         if mine:
             self._fill(use, future)
         return future.result(), not mine
 
     def prefetch(self, use: AdapterUse) -> None:
         """Reads it on a thread if it is not here. A failure is told to whoever fetches it."""
-        mine, future = self._reserve(use)
+        mine, future = self._reserve(use, ahead=True)
         if mine:
-            self._ahead.submit(self._fill, use, future)
+            self._ahead.submit(self._fill_ahead, use, future)
 
     @property
     def size_bytes(self) -> int:
@@ -57,7 +60,7 @@ class HostTier:
     def __len__(self) -> int:
         return len(self._held)
 
-    def _reserve(self, use: AdapterUse) -> tuple[bool, Future[CanonicalAdapter]]:
+    def _reserve(self, use: AdapterUse, *, ahead: bool = False) -> tuple[bool, Future[CanonicalAdapter]]:
         """Whether the caller has to fill the future, and the future."""
         with self._lock:
             known = self._held.get(_key(use))
@@ -66,7 +69,20 @@ class HostTier:
                 return False, known
             future: Future[CanonicalAdapter] = Future()
             self._held[_key(use)] = future
+            if ahead:
+                self._queued.add(_key(use))
             return True, future
+
+    def _begin(self, use: AdapterUse) -> bool:
+        """Whether it was queued to be read ahead, and now is the caller's to read."""
+        with self._lock:
+            queued = _key(use) in self._queued
+            self._queued.discard(_key(use))
+            return queued
+
+    def _fill_ahead(self, use: AdapterUse, future: Future[CanonicalAdapter]) -> None:
+        if self._begin(use):
+            self._fill(use, future)
 
     def _fill(self, use: AdapterUse, future: Future[CanonicalAdapter]) -> None:
         try:

@@ -65,6 +65,32 @@ def test_who_fetches_while_it_is_read_ahead_waits_for_the_same_reading() -> None
     assert disk.read == ["a.safetensors"]
 
 
+def test_who_fetches_does_not_wait_for_what_others_read_ahead() -> None:
+    reading, gate = threading.Event(), threading.Event()
+    read: list[str] = []
+
+    def slow_a(wanted: AdapterUse) -> CanonicalAdapter:
+        read.append(wanted.path)
+        if wanted.path == "a.safetensors":
+            reading.set()
+            assert gate.wait(30)
+        return adapter(1.0)
+
+    host = HostTier(slow_a, 10 * ONE)
+    host.prefetch(use("a"))
+    host.prefetch(use("b"))
+    assert reading.wait(30)
+    with ThreadPoolExecutor(1) as pool:
+        fetched = pool.submit(host.fetch, use("b"))
+        try:
+            assert not fetched.result(5)[1]
+        finally:
+            gate.set()
+    assert host.fetch(use("a"))[1]
+    assert host.fetch(use("b"))[1]
+    assert read == ["a.safetensors", "b.safetensors"]
+
+
 def test_a_failure_is_told_and_not_kept() -> None:
     disk = Disk()
     disk.missing = {"a.safetensors"}
