@@ -295,7 +295,7 @@ class SlotBank:
             self._slot(slot)
             weights[slot] = weights.get(slot, 0.0) + weight
         kept = [(slot, weight) for slot, weight in weights.items() if weight != 0.0]
-        return tuple(sorted(kept, key=lambda pair: (self._held[pair[0]].fingerprint, pair[0])))
+        return tuple(sorted(kept, key=lambda pair: (self._held[pair[0]].fingerprint, pair[1], pair[0])))
 
     def _pack(self, row: Row, ranks: int, components: Sequence[str]) -> tuple[list[int], list[float]]:
         """Of each packed rank, its place in the buffers and its factor."""

@@ -137,6 +137,18 @@ def test_the_order_in_which_a_row_names_its_slots_does_not_matter(
     assert all(torch.equal(outputs[0], output) for output in outputs[1:])
 
 
+def test_one_content_in_two_slots_adds_up_in_one_order() -> None:
+    """Two names may stand for the same file."""
+    unet, bank = wrapped_unet()
+    inputs, outputs = Inputs(), []
+    for slot in (1, 2):
+        bank.load(slot, adapter_for(bank, rank=4, alpha=4, seed=1, targets=EVERYTHING))
+    for first, second in ((0.3, 0.6), (0.6, 0.3)):
+        with bank.use(bank.gather([[(1, first), (2, second)]] * BATCH)):
+            outputs.append(inputs.run(unet))
+    assert torch.equal(*outputs)
+
+
 def test_the_same_slot_twice_adds_up(loaded: tuple[UNet2DConditionModel, SlotBank, Adapters]) -> None:
     _, bank, _ = loaded
     assert bank.key([[(1, 0.5), (1, 0.25)]]) == bank.key([[(1, 0.75)]])
