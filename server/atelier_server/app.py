@@ -11,7 +11,10 @@ from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
+
 from atelier_server import logs
+from atelier_server.access.identity import Identity
 from atelier_server.adapters.store import AdapterStore
 from atelier_server.config import Settings
 from atelier_server.data_directory import DataDirectory
@@ -47,87 +50,92 @@ class Application:
 
     def __init__(self, settings: Settings, worker_argv: Sequence[str] = DEFAULT_ARGV) -> None:
         self._settings = settings
+        access = open_access(settings)
+        self._certificates = access.certificates
         try:
             self._tracer = tracer(settings.otlp_endpoint)
         except TracingUnavailable as error:
             raise StartError(str(error)) from error
         self._directory = DataDirectory(settings.data_dir.absolute())
-        root, limits = self._directory.path, settings.limits
-        access = open_access(settings)
-        self._certificates = access.certificates
+        root, owner, limits = self._directory.path, self._directory.identity, settings.limits
         self.metrics = Metrics()
         self.metrics.queue_limit("generate", limits.max_queued_generations)
         self.metrics.queue_limit("train", limits.max_queued_trainings)
         self.status = WorkerStatus()
-        self._health = Health()
-        self.worker = LocalWorker(worker_settings(settings, root, self._directory.identity), worker_argv)
-        self._store = AdapterStore.at(
-            root, settings.store, settings.store_cache_bytes, self._directory.identity
-        )
+        self.worker = LocalWorker(worker_settings(settings, root, owner), worker_argv)
+        self._store = AdapterStore.at(root, settings.store, settings.store_cache_bytes, owner)
         self._uploads = Uploads(root / "uploads", limit=limits.max_uploads)
+        self._last_used = LastUsed(root / "last-used.json")
         self._book = Book(root / "atelier.db")
-        log = TrainingLog(self._book, root / "trainings")
-        self._log = log
+        self._log = TrainingLog(self._book, root / "trainings")
         send = self.worker.send
         self.generations = Generations(send, self.metrics, limit=limits.max_queued_generations)
-        self._runs = TrainingRuns(log, self._store, send, self.metrics)
+        self._runs = TrainingRuns(self._log, self._store, send, self.metrics)
         self.trainings = Trainings(
-            log,
+            self._log,
             self._runs,
             self._store,
             limit=limits.max_queued_trainings,
             row_seconds=lambda: self.status.costs.row_seconds,
         )
-        calls = Calls(send)
-        self._last_used = LastUsed(root / "last-used.json")
-        wardrobe = self._wardrobe = Wardrobe(
-            self._store,
-            calls=calls,
-            generations=self.generations,
-            trainings=self.trainings,
-            uploads=self._uploads,
-            metrics=self.metrics,
-            listing=Listing(
-                self._store,
-                self._last_used,
-                self.status.resident,
-                settings.retention_days * 86400,
-                self.status.in_host_memory,
-            ),
-            last_used=self._last_used,
-        )
-        self._dispatcher = Dispatcher(
-            self.worker,
-            self.status,
-            generations=self.generations,
-            runs=self._runs,
-            calls=calls,
-            metrics=self.metrics,
-            tracer=self._tracer,
-            watchdog=Watchdog(settings.stall_seconds),
-            changed=self._worker_changed,
-        )
-        self._server = build_server(
-            generations=self.generations,
-            trainings=self.trainings,
-            wardrobe=wardrobe,
-            craft=Craft(wardrobe, calls),
-            status=self.status,
-            settings=settings,
-            metrics=self.metrics,
-            tracer=self._tracer,
-            health=self._health,
-            identity=access.identity,
-        )
+        self._calls = Calls(send)
+        self._wardrobe = self._build_wardrobe()
+        self._dispatcher = self._build_dispatcher()
+        self._health = Health()
+        self._server = self._build_server(access.identity)
         self._health_server = build_health_server(self._health) if settings.health_port >= 0 else None
         self._metrics_server: MetricsServer | None = None
         self._dispatching: asyncio.Task[None] | None = None
         self._housekeeping: asyncio.Task[None] | None = None
         self._leave = asyncio.Event()
         self._hurry = asyncio.Event()
-        self.port = 0
-        self.health_port = 0
-        self.metrics_port = 0
+        self.port = self.health_port = self.metrics_port = 0
+
+    def _build_wardrobe(self) -> Wardrobe:
+        listing = Listing(
+            self._store,
+            self._last_used,
+            self.status.resident,
+            self._settings.retention_days * 86400,
+            self.status.in_host_memory,
+        )
+        return Wardrobe(
+            self._store,
+            calls=self._calls,
+            generations=self.generations,
+            trainings=self.trainings,
+            uploads=self._uploads,
+            metrics=self.metrics,
+            listing=listing,
+            last_used=self._last_used,
+        )
+
+    def _build_dispatcher(self) -> Dispatcher:
+        return Dispatcher(
+            self.worker,
+            self.status,
+            generations=self.generations,
+            runs=self._runs,
+            calls=self._calls,
+            metrics=self.metrics,
+            tracer=self._tracer,
+            watchdog=Watchdog(self._settings.stall_seconds),
+            changed=self._worker_changed,
+        )
+
+    def _build_server(self, identity: Identity) -> grpc.aio.Server:
+        return build_server(
+            generations=self.generations,
+            trainings=self.trainings,
+            wardrobe=self._wardrobe,
+            craft=Craft(self._wardrobe, self._calls),
+            status=self.status,
+            settings=self._settings,
+            metrics=self.metrics,
+            tracer=self._tracer,
+            health=self._health,
+            identity=identity,
+        )
 
     # -------------------------------------------------------------------------------------------- start
     async def start(self) -> None:
