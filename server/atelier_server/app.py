@@ -169,7 +169,10 @@ class Application:
 
     async def _worker_changed(self) -> None:
         await self._health.set_ready(self.status.ready)
-        self._announce()
+        try:
+            self._announce()
+        except OSError as error:  # it is for tools, and a full disk passes
+            _log.warning("server.json cannot be written: %s", error)
 
     def _announce(self) -> None:
         self._directory.announce(

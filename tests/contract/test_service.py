@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import json
 import os
@@ -10,7 +11,9 @@ import signal
 import sys
 import urllib.request
 from pathlib import Path
+from typing import Any
 
+import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -18,6 +21,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from atelier.v1 import adapter_pb2, generation_pb2, server_pb2
 from atelier_server.app import Application
 from atelier_server.core import SCHEDULERS
+from atelier_server.data_directory import DataDirectory
 from atelier_server.errors import StartError
 from tests.contract.harness import FAKE, Service, Start, import_requests, kinds, refused, running, settings
 
@@ -283,3 +287,28 @@ async def test_bad_settings_are_all_told(tmp_path: Path) -> None:
 async def test_a_call_of_the_next_moment_works_after_a_crash(service: Service) -> None:
     os.kill(service.application.worker.pid, signal.SIGKILL)
     assert kinds(await service.generate("a"))[-1] == "completed"
+
+
+async def test_a_full_disk_does_not_end_a_server_whose_worker_comes_back(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """server.json is for tools; it is written again when there is room."""
+
+    def full(self: DataDirectory, **facts: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(DataDirectory, "announce", full)
+    watch = service.health.Watch(health_pb2.HealthCheckRequest(service="atelier.v1.GenerationService"))
+    assert (await watch.read()).status == SERVING
+    os.kill(service.application.worker.pid, signal.SIGKILL)
+    back = asyncio.create_task(_states(watch, 2))
+    await asyncio.wait((back, service.serving), timeout=60, return_when=asyncio.FIRST_COMPLETED)
+    assert not service.serving.done()
+    assert await back == [NOT_SERVING, SERVING]
+
+
+async def _states(watch: grpc.aio.UnaryStreamCall[Any, Any], count: int) -> list[int]:
+    """The next so many that a health stream tells."""
+    told = [int((await watch.read()).status) for _ in range(count)]
+    watch.cancel()
+    return told
