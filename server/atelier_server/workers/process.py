@@ -16,11 +16,15 @@ from queue import SimpleQueue
 from typing import BinaryIO
 
 from atelier_server import logs
+from atelier_server.core import CheckpointId
 from atelier_server.engine.loop import Loop, Message
 from atelier_server.engine.trainings import SampleDefaults
 from atelier_server.messages import (
+    AdapterLoaded,
+    AdaptersUnloaded,
     Command,
     Event,
+    GenerationCompleted,
     Heartbeat,
     Sample,
     Span,
@@ -33,6 +37,7 @@ from atelier_server.workers.runner import TorchRunner
 
 _log = logging.getLogger(__name__)
 _HEARTBEAT_SECONDS = 1.0
+_ENDS = (GenerationCompleted, AdapterLoaded, AdaptersUnloaded)
 
 
 class Outbox:
@@ -89,9 +94,39 @@ def _read(stream: BinaryIO, inbox: SimpleQueue[Message]) -> None:
         os._exit(0)
 
 
-def _beat(loop: Loop, runner: TorchRunner, outbox: Outbox, stop: threading.Event) -> None:
-    while not stop.wait(_HEARTBEAT_SECONDS):
-        outbox.put(_heartbeat(loop, runner))
+class Pulse:
+    """Heartbeats: once a second, and before an event that ends what slots have changed for.
+
+    So whoever has read that event finds the slots of now in a list.
+    """
+
+    def __init__(self, loop: Loop, runner: TorchRunner, outbox: Outbox) -> None:
+        self._loop = loop
+        self._runner = runner
+        self._outbox = outbox
+        self._told: tuple[CheckpointId, ...] = ()
+        self._stopped = threading.Event()
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self.beat()
+
+    def before(self, event: Event) -> None:
+        """To be called with each event that is about to be sent."""
+        if isinstance(event, _ENDS) and self._loop.residency.resident != self._told:
+            self.beat()
+
+    def beat(self) -> None:
+        heartbeat = _heartbeat(self._loop, self._runner)
+        self._told = heartbeat.resident
+        self._outbox.put(heartbeat)
+
+    def _run(self) -> None:
+        while not self._stopped.wait(_HEARTBEAT_SECONDS):
+            self.beat()
 
 
 def _heartbeat(loop: Loop, runner: TorchRunner) -> Heartbeat:
@@ -129,23 +164,25 @@ def serve(connection: socket.socket) -> int:
         outbox.close()
         return 1
     info, costs = runner.info, runner.measure()
+
+    def emit(event: Event) -> None:
+        pulse.before(event)
+        outbox.put(event)
+
     loop = Loop(
         runner=runner,
         inbox=inbox,
-        emit=outbox.put,
+        emit=emit,
         slots=settings.slots,
         row_limit=runner.row_limit,
         sample_defaults=SampleDefaults(info.native_width, info.native_height, info.default_scheduler),
     )
+    pulse = Pulse(loop, runner, outbox)
     outbox.put(WorkerReady(info, settings.slots, costs))
-    outbox.put(_heartbeat(loop, runner))
-    stopped = threading.Event()
-    threading.Thread(
-        target=_beat, args=(loop, runner, outbox, stopped), name="heartbeat", daemon=True
-    ).start()
+    pulse.beat()
+    pulse.start()
     loop.run()
-    stopped.set()
-    outbox.put(_heartbeat(loop, runner))
+    pulse.stop()
     outbox.close()
     return 0
 

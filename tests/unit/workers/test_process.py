@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import socket
+from types import SimpleNamespace
 
 import pytest
 
-from atelier_server.messages import JobCancelled, Sample
+from atelier_server.adapters.canonical import CanonicalAdapter
+from atelier_server.adapters.host import HostTier
+from atelier_server.engine.residency import Residency
+from atelier_server.engine.runner import Memory
+from atelier_server.engine.scheduler import Scheduler
+from atelier_server.messages import AdapterLoaded, Heartbeat, JobCancelled, Sample
 from atelier_server.workers import wire
-from atelier_server.workers.process import Outbox
+from atelier_server.workers.process import Outbox, Pulse
+from tests.fakes import use
 
 
 @pytest.fixture
@@ -46,6 +53,40 @@ def test_a_sample_waits_for_an_event(pair: tuple[socket.socket, socket.socket]) 
     outbox.put(JobCancelled("a"))
     with ours, theirs, theirs.makefile("rb") as stream:
         assert [wire.read(stream), wire.read(stream)] == [Sample("batch_rows", 1.0), JobCancelled("a")]
+
+
+class Desk:
+    """As much of a loop and a runner as a heartbeat tells."""
+
+    def __init__(self) -> None:
+        self.turns, self.idle = 0, True
+        self.scheduler = Scheduler(Residency(1))
+        self.trainings = SimpleNamespace(live={})
+        self.residency = Residency(1)
+        self.host = HostTier(lambda use: CanonicalAdapter({}), 0)
+
+    def memory(self) -> Memory:
+        return Memory(0, 0, 0)
+
+
+def test_a_change_of_slots_is_told_before_what_follows_from_it(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = pair
+    desk, outbox = Desk(), Outbox(ours)
+    pulse = Pulse(desk, desk, outbox)  # type: ignore[arg-type]
+    loaded, other = AdapterLoaded("call", True), JobCancelled("a")
+    desk.residency.acquire(use("otto").checkpoint, frozenset())
+    for event in (other, loaded, loaded):
+        pulse.before(event)
+        outbox.put(event)
+    outbox.close()
+    ours.close()
+    with theirs, theirs.makefile("rb") as stream:
+        told = [wire.read(stream) for _ in range(4)]
+    assert isinstance(told[1], Heartbeat)
+    assert told[1].resident == (use("otto").checkpoint,)
+    assert [told[0], *told[2:]] == [other, loaded, loaded]
 
 
 def test_a_front_that_has_gone_does_not_stop_the_device(pair: tuple[socket.socket, socket.socket]) -> None:
