@@ -65,7 +65,9 @@ class Loading:
     def ensure(self, use: AdapterUse) -> bool:
         """Loads an adapter ahead of its first picture; whether it was in no slot before."""
         resident = self._residency.slot(use.checkpoint) is not None
-        self.load(use, self._in_use())
+        pinned = self._in_use()
+        # With every slot in use one is taken all the same: its pictures get theirs back before they step.
+        self.load(use, pinned if self._residency.has_room(pinned) else frozenset())
         return not resident
 
     def unload(self, checkpoints: tuple[CheckpointId, ...]) -> int:

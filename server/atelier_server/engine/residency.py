@@ -29,10 +29,15 @@ class Residency:
         """Whether so many different adapters can lie in slots at one time."""
         return len(checkpoints) <= self._slots
 
+    def has_room(self, pinned: Set[CheckpointId]) -> bool:
+        """Whether a slot is free, or holds an adapter that is not `pinned`."""
+        return bool(self._free) or any(checkpoint not in pinned for checkpoint in self._resident)
+
     def acquire(self, checkpoint: CheckpointId, pinned: Set[CheckpointId]) -> tuple[int, bool]:
         """The slot of a checkpoint, and whether it must be loaded there.
 
-        Evicts the least recently used adapter that is not `pinned`; the caller has asked `can_admit`.
+        Evicts the least recently used adapter that is not `pinned`; the caller has asked
+        `can_admit` or `has_room`.
         """
         if (slot := self._resident.get(checkpoint)) is not None:
             self._resident.move_to_end(checkpoint)

@@ -305,6 +305,19 @@ def test_load_and_unload() -> None:
     assert desk.runner.slots == {}
 
 
+def test_an_adapter_is_loaded_ahead_though_every_slot_is_in_use() -> None:
+    desk = Desk(slots=4)
+    names = ["a", "b", "c", "d"]
+    desk.send(*(Submit(generation(name, adapters=(use(name),))) for name in names))
+    desk.loop.turn()
+    assert len(desk.runner.slots) == len(names)
+    desk.send(LoadAdapter("1", use("otto")))
+    desk.loop.turn()
+    assert desk.of(AdapterLoaded, CallFailed) == [AdapterLoaded("1", True)]
+    desk.until(len(names))
+    assert {event.job_id for event in desk.of(GenerationCompleted)} == set(names)  # type: ignore[union-attr]
+
+
 def test_an_adapter_in_use_is_unloaded_when_its_last_picture_is_done() -> None:
     desk = Desk().send(Submit(generation("a", adapters=(use("otto"),))))
     desk.loop.turn()
