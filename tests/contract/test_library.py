@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from atelier.v1 import adapter_pb2 as pb
+from atelier_server.jobs import wardrobe
+from atelier_server.jobs.wardrobe import Wardrobe
 from tests.contract.harness import Service, Start, import_requests, refused
 
 
@@ -143,3 +147,29 @@ async def test_bad_lists(service: Service) -> None:
     ):
         refusal = await refused(service.adapters.ListAdapters(pb.ListAdaptersRequest(**fields)))
         assert refusal.code == "INVALID_ARGUMENT", fields
+
+
+async def test_housekeeping_goes_on_whatever_fails(
+    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else one odd file in the store would end it for as long as the server lives."""
+    twice = asyncio.Event()
+    tries = 0
+
+    async def collect(self: Wardrobe) -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 2:
+            twice.set()
+        raise RuntimeError("odd")
+
+    monkeypatch.setattr(wardrobe, "_COLLECT_SECONDS", 0.0)
+    monkeypatch.setattr(Wardrobe, "collect", collect)
+    keeping = asyncio.create_task(service.application._wardrobe.keep_house())
+    seen = asyncio.create_task(twice.wait())
+    await asyncio.wait((keeping, seen), timeout=30, return_when=asyncio.FIRST_COMPLETED)
+    assert twice.is_set()
+    for task in (keeping, seen):
+        task.cancel()
+    await asyncio.gather(keeping, seen, return_exceptions=True)
+    assert "nothing was collected" in caplog.text

@@ -231,6 +231,8 @@ class Wardrobe:
                     _log.info("removed %d deleted versions and %d files", len(done.versions), done.files)
             except (AtelierError, OSError) as error:
                 _log.warning("nothing was collected: %s", error)
+            except Exception:
+                _log.exception("nothing was collected")
             await asyncio.sleep(_COLLECT_SECONDS)
 
     # -------------------------------------------------------------------------------------------- files
