@@ -16,6 +16,7 @@ from atelier import (
     AtelierError,
     NotFoundError,
     ResourceExhaustedError,
+    UnauthenticatedError,
 )
 from atelier.events import TrainingAccepted, TrainingCompleted
 from atelier_server.config import Limits
@@ -240,3 +241,15 @@ async def test_a_tenant_with_a_crowd_keeps_no_other_out(start: Start, tokens: Pa
         with pytest.raises(ResourceExhaustedError, match="QUEUE_FULL"):
             await trained(red, "more")
         await trained(blue)
+
+
+async def test_a_call_that_is_nobodys_is_logged_as_nobodys(
+    service: Service, client: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "atelier_server.rpc.interceptors")
+    with pytest.raises(UnauthenticatedError):
+        async with AsyncClient(f"127.0.0.1:{service.application.port}", token="x" * 40) as stranger:
+            await stranger.server_info()
+    await client("red").server_info()
+    told = [record for record in caplog.records if record.message == "call ended"]
+    assert [getattr(record, "tenant", None) for record in told] == [None, "red"]

@@ -21,6 +21,11 @@ def tenant() -> Tenant:
     return _TENANT.get(Tenant())
 
 
+def identified() -> Tenant | None:
+    """Whose call this is; None for one that nobody has been found for."""
+    return _TENANT.get(None)
+
+
 def scope() -> Scope:
     """The scope of the names that this call reads and writes."""
     return tenant().scope

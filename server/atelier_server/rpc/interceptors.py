@@ -188,7 +188,8 @@ class _Call:
         self._metrics.call_ended(name, code, seconds)
         self._trace.end(code)
         about = {"request_id": self._id, "method": name, "code": code, "seconds": round(seconds, 4)}
-        about["tenant"] = caller.tenant().name
+        if (tenant := caller.identified()) is not None:
+            about["tenant"] = tenant.name
         if refusal is not None:
             about["reason"] = refusal.reason
             # The message may quote what the user wrote.
