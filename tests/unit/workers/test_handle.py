@@ -14,7 +14,8 @@ from atelier_server.workers import wire
 from atelier_server.messages import JobCancelled
 stream = socket.socket(fileno=int(sys.argv[1])).makefile("rwb")
 settings = wire.read(stream)
-facts = (settings.model, os.environ["OMP_WAIT_POLICY"], os.environ["OMP_NUM_THREADS"])
+set_ = os.environ
+facts = (settings.model, *(set_[n] for n in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "MALLOC_ARENA_MAX")))
 stream.write(wire.frame(JobCancelled(repr(facts))))
 stream.flush()
 try:
@@ -40,7 +41,7 @@ async def test_settings_go_down_first_and_events_come_up() -> None:
     handle = worker()
     await handle.start()
     events = handle.events()
-    assert await anext(events) == JobCancelled("('m', 'PASSIVE', '3')")
+    assert await anext(events) == JobCancelled("('m', 'PASSIVE', '3', '2')")
     handle.send(Cancel("x" * 10**6))
     assert await anext(events) == JobCancelled("x" * 10**6)
     handle.kill()
