@@ -75,8 +75,13 @@ class Prometheus:
         return found
 
     def rules(self) -> list[dict[str, Any]]:
-        """Every rule, with its health and, for an alert, its state."""
-        return [rule for group in self._get("rules")["groups"] for rule in group["rules"]]
+        """Every rule, with its health and, for an alert, its state, once each has been evaluated."""
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            found = [rule for group in self._get("rules")["groups"] for rule in group["rules"]]
+            if time.monotonic() > deadline or all(rule["health"] != "unknown" for rule in found):
+                return found
+            time.sleep(0.1)
 
 
 @contextmanager
