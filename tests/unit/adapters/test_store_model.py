@@ -278,9 +278,10 @@ def test_a_sample(machine: type[StoreMachine]) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("machine", [StoreMachine, RemoteMachine])
 def test_many(machine: type[StoreMachine]) -> None:
-    _run(machine, examples=300, steps=40)
+    _run(machine, examples=150, steps=40)
 
 
 def _run(machine: type[StoreMachine], *, examples: int, steps: int) -> None:
