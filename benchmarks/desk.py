@@ -8,7 +8,7 @@ from queue import SimpleQueue
 
 from atelier_server.core import AdapterUse, GenerationJob, Mode
 from atelier_server.engine.loop import Loop, Message
-from atelier_server.engine.trainings import SampleDefaults
+from atelier_server.engine.samples import SampleDefaults
 from atelier_server.messages import Event, GenerationCompleted, ImageReady, JobFailed, Submit, WorkerSettings
 from atelier_server.report import ImportTerms
 from atelier_server.workers.runner import TorchRunner

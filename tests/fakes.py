@@ -6,7 +6,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from atelier_server.core import AdapterUse, CheckpointId, GenerationJob, Mode, Recipe, TrainingJob
-from atelier_server.engine.runner import Decoded, Memory, OnDevice, Published, StepReport
+from atelier_server.engine.companies import Place
+from atelier_server.engine.runner import (
+    Decoded,
+    Memory,
+    OnDevice,
+    Published,
+    StepReport,
+    TrainingRun,
+    TrainOutcome,
+)
 from atelier_server.engine.scheduler import ImageTask
 from atelier_server.errors import AdapterNotFound, OutOfMemory
 from atelier_server.report import AdapterReport, ImportTerms, TokenReport, UnmatchedPart
@@ -49,25 +58,34 @@ def training(job_id: str, *, resume_step: int = 0, **fields: object) -> Training
 
 
 class FakeRun:
-    """A training whose steps do nothing; `broken` maps a step to the error it raises."""
+    """A training whose steps do nothing. `broken` maps a step to the error of it, `unwritten` to that of its
+    checkpoint; a step takes `micro_steps`.
+    """
 
-    def __init__(self, job: TrainingJob, log: list[tuple[str, object]], broken: dict[int, Exception]) -> None:
-        self.job, self.log, self.broken = job, log, broken
-        self.step = job.resume_step
+    def __init__(self, job: TrainingJob, place: Place, micro_steps: int) -> None:
+        self.job, self.place, self.micro_steps = job, place, micro_steps
+        self.broken: dict[int, Exception] = {}
+        self.unwritten: dict[int, Exception] = {}
+        self.step, self.accumulated = job.resume_step, 0
         self.published = Published(use(job.name, self.step), 1, 0.1) if self.step else None
 
     def prepare(self) -> Iterator[None]:
         yield
         yield
 
-    def train_step(self) -> StepReport:
+    def train(self) -> TrainOutcome:
         if error := self.broken.get(self.step + 1):
-            raise error
+            return error
+        self.accumulated = (self.accumulated + 1) % self.micro_steps
+        if self.accumulated:
+            return None
         self.step += 1
-        self.log.append(("train", self.step))
         return StepReport(1.0 / self.step, 1e-4)
 
     def publish(self) -> Published:
+        assert not self.accumulated
+        if error := self.unwritten.pop(self.step, None):
+            raise error
         self.published = Published(use(self.job.name, self.step), 1, 0.1)
         return self.published
 
@@ -80,9 +98,13 @@ class FakeRunner:
         self.slots: dict[int, CheckpointId] = {}
         self.progress: dict[int, int] = {}
         self.missing: set[str] = set()
-        self.broken: dict[int, Exception] = {}
+        self.broken: dict[int, Exception] = {}  # of every training
+        self.runs: dict[str, FakeRun] = {}
+        self.place = Place()  # of every training
+        self.micro_steps = 1
         self.denoise_error: Exception | None = None
         self.memory_rows = 16  # rows that a forward has memory for
+        self.memory_trainings = 16  # and trainings
 
     def open(self, task: ImageTask, slots: Mapping[CheckpointId, int]) -> None:
         self.progress[task.arrival] = 0
@@ -128,7 +150,22 @@ class FakeRunner:
         self.slots.pop(slot, None)
 
     def open_training(self, job: TrainingJob) -> FakeRun:
-        return FakeRun(job, self.log, self.broken)
+        run = self.runs[job.id] = FakeRun(job, self.place, self.micro_steps)
+        run.broken |= self.broken
+        return run
+
+    def train(self, runs: Sequence[TrainingRun]) -> list[TrainOutcome]:
+        if len(runs) > self.memory_trainings:
+            raise MemoryError
+        fakes = [run for run in runs if isinstance(run, FakeRun)]
+        outcomes = [run.train() for run in fakes]
+        self.log += [
+            ("train", run.step)
+            for run, out in zip(fakes, outcomes, strict=True)
+            if isinstance(out, StepReport)
+        ]
+        self.log.append(("together", tuple(run.job.id for run in fakes)))
+        return outcomes
 
     def import_adapter(
         self, path: str, name: str, new_version: bool, terms: ImportTerms, on_device: OnDevice

@@ -281,6 +281,11 @@ class TrainingJob:
     resume_step: int = 0
     sampled: frozenset[tuple[int, int]] = frozenset()
 
+    @property
+    def priority(self) -> Priority:
+        """How it counts among trainings."""
+        return getattr(self.recipe, "priority", Priority.NORMAL)
+
 
 # ---------------------------------------------------------------------------------------------- the base
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,17 @@ from atelier_server.engine.generations import Generations
 from atelier_server.engine.loading import Loading
 from atelier_server.engine.residency import Residency
 from atelier_server.engine.runner import Decoded, Runner
-from atelier_server.engine.scheduler import DenoiseBatch, ImageTask, Scheduler, TrainStep, all_rows
-from atelier_server.engine.trainings import SampleDefaults, Trainings
+from atelier_server.engine.samples import SampleDefaults, Samples
+from atelier_server.engine.scheduler import (
+    DEFAULT_TRAINING_SHARE,
+    DenoiseBatch,
+    ImageTask,
+    Scheduler,
+    TrainStep,
+    all_rows,
+)
+from atelier_server.engine.training_steps import TrainingSteps
+from atelier_server.engine.trainings import Trainings
 from atelier_server.errors import AtelierError, OutOfMemory
 from atelier_server.messages import (
     AbandonCall,
@@ -38,6 +47,7 @@ from atelier_server.messages import (
     JobFailed,
     LoadAdapter,
     MergeAdapters,
+    Pause,
     Sample,
     Span,
     Submit,
@@ -83,6 +93,7 @@ class Loop:
         slots: int,
         sample_defaults: SampleDefaults,
         row_limit: Callable[[int, int], int] = all_rows,
+        training_share: float = DEFAULT_TRAINING_SHARE,
         aside: Executor | None = None,
     ) -> None:
         self._runner = runner
@@ -90,14 +101,21 @@ class Loop:
         self._send = emit
         self._aside = Aside(runner=runner, send=emit, ask=inbox.put, failure=self._failure, executor=aside)
         self.residency = Residency(slots)
-        self.scheduler = Scheduler(self.residency, row_limit)
+        self.scheduler = Scheduler(self.residency, row_limit, training_share)
         self.generations = Generations(self._emit_generation)
+        self.samples = Samples(
+            emit=emit, paint=self._submit_generation, unpaint=self._drop_generation, defaults=sample_defaults
+        )
         self.trainings = Trainings(
             emit=emit,
-            paint=self._submit_generation,
-            unpaint=self._drop_generation,
+            samples=self.samples,
+            steps=TrainingSteps(
+                runner,
+                out_of_memory=partial(self._out_of_memory, phase="train"),
+                crowded=self.scheduler.shrink_training,
+            ),
+            failure=self._training_failure,
             resting=self.scheduler.remove_training,
-            defaults=sample_defaults,
         )
         # What the heartbeat tells a watchdog: how many steps have begun, and whether there are none to do.
         self.turns = 0
@@ -121,10 +139,13 @@ class Loop:
         self._receive()
         self.turns += 1
         step = self.scheduler.schedule()
+        before = monotonic()
         if isinstance(step, DenoiseBatch):
             self._denoise(step)
         elif isinstance(step, TrainStep):
-            self._train(step.training_id)
+            self.trainings.advance(step.training_ids)
+        if step is not None:
+            self.scheduler.spent(step, monotonic() - before)
 
     def _receive(self) -> None:
         """Takes all messages there are; waits for one where there is nothing else to do."""
@@ -145,6 +166,9 @@ class Loop:
                 self._submit_training(job, origin)
             case Cancel(job_id=job_id):
                 self._cancel(job_id)
+            case Pause(job_id=job_id):
+                if job_id in self.trainings.live:
+                    self.trainings.pause(job_id)
             case TaskDecoded(task=task, picture=picture):
                 self._decoded(task, picture)
             case TaskPreviewed(task=task, step=step, data=data):
@@ -258,29 +282,24 @@ class Loop:
             self._fail(task.job.id, self._out_of_memory(picture.error, "generate") or picture.error)
         elif self.generations.decoded(task, picture):
             self.generations.end(task.job.id)
-            if self.trainings.owns(task.job.id):
-                self.trainings.sample_ended(task.job.id)
+            if self.samples.owns(task.job.id):
+                self.trainings.sampled(self.samples.ended(task.job.id))
 
     def _emit_generation(self, event: Event) -> None:
         """A sample's picture belongs to its training; its other events are nobody's."""
         match event:
-            case ImageReady() if self.trainings.owns(event.job_id):
-                self.trainings.sample_painted(event)
+            case ImageReady() if self.samples.owns(event.job_id):
+                self.samples.painted(event)
             case Sample() | Span():
                 self._send(event)
-            case _ if self._is_sample(event):
-                pass
-            case _:
+            case _ if not self.samples.owns(getattr(event, "job_id", "")):
                 self._send(event)
-
-    def _is_sample(self, event: Event) -> bool:
-        return self.trainings.owns(getattr(event, "job_id", ""))
 
     def _fail(self, job_id: str, error: Exception) -> None:
         failure = self._failure(job_id, error)
         self._drop_generation(job_id)
-        if self.trainings.owns(job_id):
-            self.trainings.sample_ended(job_id, failure)
+        if self.samples.owns(job_id):
+            self.trainings.sampled(self.samples.ended(job_id, failure))
         else:
             self._send(failure)
 
@@ -311,23 +330,16 @@ class Loop:
         except Exception as error:
             self._send(self._failure(job.id, error))
             return
-        self.trainings.begin(job, run, origin)
-        self.scheduler.submit_training(job.id)
+        training = self.trainings.begin(job, run, origin)
+        self.scheduler.submit_training(job.id, lambda: training.place, job.priority)
 
-    def _train(self, training_id: str) -> None:
-        try:
-            self.trainings.advance(training_id)
-        except Exception as error:
-            memory = self._out_of_memory(error, "train")
-            self.trainings.fail(training_id, self._failure(training_id, memory or error))
+    def _training_failure(self, training_id: str, error: Exception) -> JobFailed:
+        return self._failure(training_id, self._out_of_memory(error, "train") or error)
 
     # ------------------------------------------------------------------------------------- cancel and drain
     def _cancel(self, job_id: str) -> None:
         if job_id in self.trainings.live:
-            try:
-                self.trainings.cancel(job_id)
-            except Exception as error:
-                self.trainings.fail(job_id, self._failure(job_id, error))
+            self.trainings.cancel(job_id)
         elif job_id in self.generations.live:
             self._drop_generation(job_id)
             self._send(JobCancelled(job_id))
@@ -335,14 +347,7 @@ class Loop:
     def _drain(self) -> None:
         """Pictures are finished; trainings keep what they have and go on after the next start."""
         self._draining = True
-        for training_id in list(self.trainings.live):
-            try:
-                self.trainings.keep(training_id)
-            except Exception:
-                _log.exception(
-                    "no checkpoint; the training goes on from its last one", extra={"training": training_id}
-                )
-            self.trainings.drop(training_id)
+        self.trainings.drain()
 
     # ---------------------------------------------------------------------------------------- adapter calls
     def _call(self, command: LoadAdapter | UnloadAdapter) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from atelier_server.core import AdapterUse, CheckpointId, TrainingJob
+from atelier_server.engine.companies import Place
 from atelier_server.engine.scheduler import ImageTask
 from atelier_server.errors import OutOfMemory
 from atelier_server.report import AdapterComparison, AdapterReport, ImportTerms, PublishAs
@@ -16,7 +17,7 @@ OnDevice = Callable[[Callable[[], float | None]], float | None]
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one training micro-step says of itself."""
+    """What a training step says of itself: the mean loss of its micro-steps, and the rate that it used."""
 
     loss: float
     learning_rate: float
@@ -52,11 +53,20 @@ class Memory:
     components: tuple[tuple[str, int], ...] = ()
 
 
+# Of one training in a micro-step: its step is done, or not yet (None: gradients are accumulated), or failed.
+TrainOutcome = StepReport | Exception | None
+
+
 class TrainingRun(Protocol):
-    """One training on the device."""
+    """One training on the device. It steps by `Runner.train`, together with others or alone."""
 
     @property
-    def step(self) -> int: ...
+    def step(self) -> int:
+        """Steps done; one may be of several micro-steps."""
+
+    @property
+    def place(self) -> Place:
+        """What the next micro-step needs, and with whom it may be shared. Asked once it is prepared."""
 
     @property
     def published(self) -> Published | None:
@@ -65,11 +75,11 @@ class TrainingRun(Protocol):
     def prepare(self) -> Iterator[None]:
         """Gets everything ready in small pieces; resumes from the last checkpoint."""
 
-    def train_step(self) -> StepReport:
-        """One micro-step. Raises NonfiniteLoss before anything is written."""
-
     def publish(self) -> Published:
-        """Publishes the weights of now, atomically, with all that is needed to go on from here."""
+        """Publishes the weights of now, atomically, with all that is needed to go on from here.
+
+        Never asked in the midst of an accumulation.
+        """
 
 
 class Runner(Protocol):
@@ -107,6 +117,13 @@ class Runner(Protocol):
     def clear(self, slot: int) -> None: ...
 
     def open_training(self, job: TrainingJob) -> TrainingRun: ...
+
+    def train(self, runs: Sequence[TrainingRun]) -> list[TrainOutcome]:
+        """One micro-step of all of these, which have equal companies or are one; what came of it for each.
+
+        What is one training's alone (NonfiniteLoss) is in its outcome, before its weights are touched. Where
+        it raises, none of them has moved, and each may be tried again with fewer beside it.
+        """
 
     def import_adapter(
         self, path: str, name: str, new_version: bool, terms: ImportTerms, on_device: OnDevice

@@ -1,4 +1,4 @@
-"""Which step runs next: one denoise step of a batch of pictures, or one micro-step of a training.
+"""Which step runs next: one denoise step of a batch of pictures, or one micro-step of some trainings.
 
 Pure bookkeeping over arrival order, shapes, buckets, slots and shares. Knows no torch and no clock.
 """
@@ -6,18 +6,18 @@ Pure bookkeeping over arrival order, shapes, buckets, slots and shares. Knows no
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from itertools import count
 
 from atelier_server.core import ROW_BUCKETS, CheckpointId, GenerationJob, Priority
+from atelier_server.engine.companies import Companies, Place
 from atelier_server.engine.residency import Residency
-from atelier_server.engine.shares import Shares
+from atelier_server.engine.shares import HEAVIEST, WEIGHTS, Shares
+from atelier_server.engine.training_share import TrainingShare
 
-# A step of a job of twice the weight counts half.
-_WEIGHTS = {Priority.LOW: 1, Priority.NORMAL: 4, Priority.HIGH: 16}
-_HEAVIEST = max(_WEIGHTS.values())
+DEFAULT_TRAINING_SHARE = 0.5
 
 
 @dataclass(slots=True, eq=False)
@@ -66,9 +66,9 @@ class DenoiseBatch:
 
 @dataclass(frozen=True, slots=True)
 class TrainStep:
-    """One micro-step of this training."""
+    """One micro-step of these trainings, all in one forward."""
 
-    training_id: str
+    training_ids: tuple[str, ...]
 
 
 # Rows of a lane share a forward's shape: width, height, the exact bucket (0 = fast), and the job's id
@@ -86,21 +86,26 @@ class Scheduler:
     """Lanes share the device by what their forwards cost, clients share the rows of a lane's forward; both
     by priority. What one client asked for at one priority runs in the order of arrival.
 
-    While someone waits for a picture, at most one training micro-step comes between two denoise steps.
+    While pictures and trainings both wait, trainings get `training_share` of the seconds that `spent` tells.
     `row_limit` tells how many rows of a width and a height fit the memory.
     """
 
-    def __init__(self, residency: Residency, row_limit: Callable[[int, int], int] = all_rows) -> None:
+    def __init__(
+        self,
+        residency: Residency,
+        row_limit: Callable[[int, int], int] = all_rows,
+        training_share: float = DEFAULT_TRAINING_SHARE,
+    ) -> None:
         self._residency = residency
         self._row_limit = row_limit
         self._tasks: list[ImageTask] = []
-        self._trainings: list[str] = []
+        self._trainings = Companies()
+        self._share = TrainingShare(training_share)
         self._arrivals = count()
         self._lanes: Shares[Lane] = Shares()
         self._flows: Shares[Flow] = Shares()
         # Buckets that ran out of memory, by width and height, while pictures of that size are there.
         self._too_large: dict[tuple[int, int], int] = {}
-        self._train_next = False
 
     # ------------------------------------------------------------------------------------ what there is
     @property
@@ -152,27 +157,41 @@ class Scheduler:
         self._too_large[batch.tasks[0].job.width, batch.tasks[0].job.height] = batch.bucket
         return True
 
-    def submit_training(self, training_id: str) -> None:
-        self._trainings.append(training_id)
+    def submit_training(
+        self, training_id: str, place: Callable[[], Place] = Place, priority: Priority = Priority.NORMAL
+    ) -> None:
+        """`place` tells what it needs of its next micro-step."""
+        self._trainings.join(training_id, place, priority)
 
     def remove_training(self, training_id: str) -> None:
-        if training_id in self._trainings:
-            self._trainings.remove(training_id)
+        self._trainings.leave(training_id)
+        if not self._trainings:
+            self._share.forget()
+
+    def shrink_training(self, training_ids: Sequence[str]) -> None:
+        """So many ran out of memory in one forward: from now on they are fewer."""
+        self._trainings.crowded(training_ids)
 
     # ------------------------------------------------------------------------------------ what runs next
     def schedule(self) -> DenoiseBatch | TrainStep | None:
-        """The next step, or None where there is nothing to do. Trainings take turns."""
-        if self._trainings and (self._train_next or not self._tasks):
-            self._train_next = False
-            training = self._trainings.pop(0)
-            self._trainings.append(training)
-            return TrainStep(training)
+        """The next step, or None where there is nothing to do."""
+        if self._trainings and (not self._tasks or self._share.is_due):
+            return TrainStep(self._trainings.next())
         if not self._tasks:
             return None
-        self._train_next = True
         oldest = {_lane(task): task.arrival for task in reversed(self._tasks)}
         self._lanes.present(oldest)  # a picture's lane may change from forward to forward
         return self._batch(min(oldest, key=lambda lane: (self._lanes[lane], oldest[lane])))
+
+    def spent(self, step: DenoiseBatch | TrainStep, seconds: float) -> None:
+        """What a step has taken of the device."""
+        if not self._trainings:
+            return
+        if isinstance(step, TrainStep):
+            self._trainings.charge(step.training_ids, seconds)
+            self._share.trained(seconds, pictures_wait=bool(self._tasks))
+        else:
+            self._share.painted(seconds)
 
     def _batch(self, lane: Lane) -> DenoiseBatch:
         """Pictures of the lane that fit the rows and the slots, from whoever has had least.
@@ -186,8 +205,8 @@ class Scheduler:
         if exact and not alone:
             self._fill(chosen, (width, height, 0, ""))
         bucket = exact or next(b for b in ROW_BUCKETS if b >= chosen.rows)
-        heaviest = max(_WEIGHTS[task.job.priority] for task in chosen.tasks)
-        self._lanes.charge(lane, bucket * width * height * _HEAVIEST // heaviest)
+        heaviest = max(WEIGHTS[task.job.priority] for task in chosen.tasks)
+        self._lanes.charge(lane, bucket * width * height * HEAVIEST // heaviest)
         return DenoiseBatch(tuple(chosen.tasks), bucket)
 
     def _fill(self, chosen: _Rows, lane: Lane) -> None:
@@ -250,4 +269,4 @@ def _flow(task: ImageTask) -> Flow:
 def _cost(task: ImageTask) -> int:
     """Of a step, for its weight: rows times pixels."""
     job = task.job
-    return task.rows * job.width * job.height * _HEAVIEST // _WEIGHTS[job.priority]
+    return task.rows * job.width * job.height * HEAVIEST // WEIGHTS[job.priority]

@@ -10,7 +10,13 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable
 from typing import Generic, TypeVar
 
+from atelier_server.core import Priority
+
 Key = TypeVar("Key", bound=Hashable)
+
+# A step of a job of twice the weight counts half.
+WEIGHTS = {Priority.LOW: 1, Priority.NORMAL: 4, Priority.HIGH: 16}
+HEAVIEST = max(WEIGHTS.values())
 
 
 class Shares(Generic[Key]):

@@ -3,46 +3,38 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic
 
-from atelier_server.core import AdapterUse, GenerationJob, Mode, Recipe, State, TrainingJob
-from atelier_server.engine.runner import Published, TrainingRun
+from atelier_server.core import State, TrainingJob
+from atelier_server.engine.companies import Place
+from atelier_server.engine.runner import Published, StepReport, TrainingRun, TrainOutcome
+from atelier_server.engine.samples import Samples
 from atelier_server.engine.spans import tell
+from atelier_server.engine.training_steps import TrainingSteps
+from atelier_server.errors import StorageFull
 from atelier_server.messages import (
     CheckpointPublished,
     Event,
-    ImageReady,
     JobFailed,
     Sample,
-    SampleReady,
     TrainingCompleted,
+    TrainingPaused,
     TrainingProgress,
     TrainingStarted,
-    TrainingWarning,
 )
 from atelier_server.origin import NOWHERE, Origin
 
 _log = logging.getLogger(__name__)
 
 PROGRESS_INTERVAL = 0.1  # seconds between two progress events of a training
-SAMPLE_BUCKET = 8  # rows of a sample's forward: strict, so that Generate can give the same picture
-
-
-@dataclass(frozen=True, slots=True)
-class SampleDefaults:
-    """What a sample picture has of the base: its size and its scheduler."""
-
-    width: int
-    height: int
-    scheduler: str
-    guidance_scale: float = 7.5
 
 
 @dataclass(slots=True)
 class Training:
-    """One training. `preparing` is None once it steps."""
+    """One training. `preparing` is None once it steps; `accumulating`: a step of it is not done yet."""
 
     job: TrainingJob
     run: TrainingRun
@@ -51,49 +43,63 @@ class Training:
     submitted: float = field(default_factory=monotonic)
     began: float = 0.0
     published_at: tuple[int, float] = (0, 0.0)  # step and time
-    samples: dict[str, tuple[int, int]] = field(default_factory=dict)  # generation id -> step, prompt index
     last_progress: float = 0.0
+    accumulating: bool = False
+
+    @property
+    def finished(self) -> bool:
+        """It needs no more steps; its samples may still be painted."""
+        return self.preparing is None and self.run.step >= self.job.recipe.max_train_steps
+
+    @property
+    def place(self) -> Place:
+        """In the next micro-step; what prepares is alone."""
+        return Place() if self.preparing is not None else self.run.place
 
 
 class Trainings:
     """All trainings of the worker.
 
-    `emit` takes events; `paint` submits a generation for a sample picture; `ended` is told when a training
-    needs no more steps; `unpaint` cancels a sample.
+    `emit` takes events; `failure` says what an error tells the front; `resting` is told when a training needs
+    no more steps.
     """
 
     def __init__(
         self,
         *,
         emit: Callable[[Event], None],
-        paint: Callable[[GenerationJob, Origin], None],
-        unpaint: Callable[[str], None],
+        samples: Samples,
+        steps: TrainingSteps,
+        failure: Callable[[str, Exception], JobFailed],
         resting: Callable[[str], None],
-        defaults: SampleDefaults,
     ) -> None:
-        self._emit, self._paint, self._unpaint, self._resting = emit, paint, unpaint, resting
-        self._defaults = defaults
+        self._emit, self._failure, self._resting = emit, failure, resting
+        self._samples = samples
+        self._steps = steps
         self.live: dict[str, Training] = {}
-        self._by_sample: dict[str, str] = {}
 
-    def begin(self, job: TrainingJob, run: TrainingRun, origin: Origin) -> None:
-        self.live[job.id] = Training(job, run, run.prepare(), origin)
-
-    def owns(self, generation_id: str) -> bool:
-        """Whether a generation is a sample of a training here."""
-        return generation_id in self._by_sample
+    def begin(self, job: TrainingJob, run: TrainingRun, origin: Origin) -> Training:
+        training = self.live[job.id] = Training(job, run, run.prepare(), origin)
+        return training
 
     # --------------------------------------------------------------------------------------- micro-steps
-    def advance(self, training_id: str) -> None:
-        """One small piece of device work: a piece of the preparation, or one training step."""
-        training = self.live[training_id]
-        if training.preparing is not None:
-            self._prepare(training)
-        elif training.run.step < training.job.recipe.max_train_steps:
-            self._step(training)
-        if training.preparing is None and training.run.step >= training.job.recipe.max_train_steps:
-            self._resting(training_id)
-            self._complete_if_sampled(training)
+    def advance(self, training_ids: Sequence[str]) -> None:
+        """One small piece of device work: a piece of one's preparation, or a micro-step of all of these."""
+        trainings = [self.live[training_id] for training_id in training_ids]
+        if trainings[0].preparing is not None:
+            self._or_stop(trainings[0], self._prepare)
+            return
+        before = monotonic()
+        outcomes = self._steps.take([(training.job.id, training.run) for training in trainings])
+        self._emit(Sample("train_step_seconds", monotonic() - before))
+        for training, outcome in zip(trainings, outcomes, strict=True):
+            self._or_stop(training, partial(self._stepped, outcome=outcome))
+
+    def _or_stop(self, training: Training, action: Callable[[Training], None]) -> None:
+        try:
+            action(training)
+        except Exception as error:
+            self._stop(training, error)
 
     def _prepare(self, training: Training) -> None:
         assert training.preparing is not None
@@ -102,20 +108,25 @@ class Trainings:
         except StopIteration:
             training.preparing = None
             training.began = monotonic()
-            job = training.job
             training.published_at = (training.run.step, training.began)
             self._tell(training, "prepare", training.submitted, training.began)
             _log.info("training from step %d", training.run.step, extra=_about(training))
-            self._emit(TrainingStarted(job.id, training.run.step))
+            self._emit(TrainingStarted(training.job.id, training.run.step))
             if resumed := training.run.published:
-                self._sample(training, resumed)  # those that were lost with the worker
+                self._paint(training, resumed)  # those that were lost with the worker
+            self._rest_if_finished(training)
 
-    def _step(self, training: Training) -> None:
-        job, recipe = training.job, training.job.recipe
-        before = monotonic()
-        report = training.run.train_step()
-        now = monotonic()
-        self._emit(Sample("train_step_seconds", now - before))
+    def _stepped(self, training: Training, outcome: TrainOutcome) -> None:
+        """Raises what came of the micro-step, or of a checkpoint."""
+        if isinstance(outcome, Exception):
+            raise outcome
+        training.accumulating = outcome is None
+        if outcome is not None:
+            self._report(training, outcome)
+            self._rest_if_finished(training)
+
+    def _report(self, training: Training, report: StepReport) -> None:
+        job, recipe, now = training.job, training.job.recipe, monotonic()
         self._emit(Sample("train_steps_total", 1.0))
         step = training.run.step
         publishes = step % recipe.checkpointing_steps == 0 or step == recipe.max_train_steps
@@ -129,7 +140,7 @@ class Trainings:
                 )
             )
         if publishes:
-            self._sample(training, self._publish(training))
+            self._paint(training, self._publish(training))
 
     def _publish(self, training: Training) -> Published:
         before = monotonic()
@@ -152,81 +163,74 @@ class Trainings:
         )
         return published
 
-    # ------------------------------------------------------------------------------------------- samples
-    def _sample(self, training: Training, published: Published) -> None:
-        job, recipe = training.job, training.job.recipe
-        step = published.use.checkpoint.step
-        for index, prompt in enumerate(recipe.validation_prompts):
-            if (step, index) in job.sampled:
-                continue
-            sample_id = f"{job.id}/sample-{step}-{index}"
-            training.samples[sample_id] = (step, index)
-            self._by_sample[sample_id] = job.id
-            self._paint(self._sample_job(sample_id, prompt, published.use, recipe), training.origin)
+    def _paint(self, training: Training, published: Published) -> None:
+        self._samples.begin(training.job, published.use, training.origin)
 
-    def _sample_job(self, sample_id: str, prompt: str, use: AdapterUse, recipe: Recipe) -> GenerationJob:
-        defaults = self._defaults
-        return GenerationJob(
-            id=sample_id,
-            prompt=prompt,
-            negative_prompt="",
-            adapters=(use,),
-            seed=recipe.seed,
-            num_images=1,
-            num_inference_steps=recipe.validation_steps,
-            guidance_scale=defaults.guidance_scale,
-            scheduler=defaults.scheduler,
-            width=defaults.width,
-            height=defaults.height,
-            mode=Mode.STRICT,
-            bucket=SAMPLE_BUCKET,
-        )
-
-    def sample_painted(self, picture: ImageReady) -> None:
-        training = self.live[self._by_sample[picture.job_id]]
-        step, index = training.samples[picture.job_id]
-        prompt = training.job.recipe.validation_prompts[index]
-        self._emit(
-            SampleReady(training.job.id, step, index, prompt, picture.seed, picture.mime_type, picture.data)
-        )
-
-    def sample_ended(self, generation_id: str, failure: JobFailed | None = None) -> None:
-        """A sample is painted, or could not be (which is a warning, and no reason to stop)."""
-        training = self.live[self._by_sample.pop(generation_id)]
-        step, index = training.samples.pop(generation_id)
-        if failure is not None:
-            message = f"no sample of prompt {index} at step {step}: {failure.message}"
-            self._emit(TrainingWarning(training.job.id, "SAMPLE_FAILED", message))
-        self._complete_if_sampled(training)
+    def sampled(self, training_id: str) -> None:
+        """A sample of it is painted, or could not be."""
+        self._complete_if_sampled(self.live[training_id])
 
     # ----------------------------------------------------------------------------------------------- end
+    def _rest_if_finished(self, training: Training) -> None:
+        if training.finished:
+            self._resting(training.job.id)
+            self._complete_if_sampled(training)
+
     def _complete_if_sampled(self, training: Training) -> None:
-        finished = training.preparing is None and training.run.step >= training.job.recipe.max_train_steps
-        if finished and not training.samples:
+        if training.finished and not self._samples.wanted_by(training.job.id):
             self._end(training, State.SUCCEEDED)
 
     def cancel(self, training_id: str) -> None:
         """Keeps what was learned so far, and ends the training."""
-        training = self.live[training_id]
-        self.keep(training_id)
+        self._or_stop(self.live[training_id], self._cancel)
+
+    def pause(self, training_id: str) -> None:
+        """Keeps what was learned so far, and frees the device of the training."""
+        self._or_stop(self.live[training_id], self._keep_and_pause)
+
+    def _cancel(self, training: Training) -> None:
+        self._keep(training)
         self._end(training, State.CANCELLED)
 
-    def keep(self, training_id: str) -> None:
+    def _keep_and_pause(self, training: Training) -> None:
+        self._keep(training)
+        self._pause(training)
+
+    def drain(self) -> None:
+        """All keep what they have; they go on after the next start of a worker."""
+        for training in list(self.live.values()):
+            try:
+                self._keep(training)
+            except Exception:
+                _log.exception("no checkpoint; the training goes on from its last", extra=_about(training))
+            self._forget(training)
+
+    def _keep(self, training: Training) -> None:
         """Publishes the weights of now, where a checkpoint does not have them already."""
-        training = self.live[training_id]
         published = training.run.published
-        last = published.use.checkpoint.step if published else 0
-        if training.preparing is None and training.run.step > last:
-            self._publish(training)
+        if training.preparing is not None or training.run.step <= _step_of(published):
+            return
+        while training.accumulating:  # there are no weights between two steps but those of the first
+            (outcome,) = self._steps.take([(training.job.id, training.run)])
+            if isinstance(outcome, Exception):
+                raise outcome
+            training.accumulating = outcome is None
+        self._publish(training)
 
-    def drop(self, training_id: str) -> None:
-        """Stops stepping without an end: the training goes on after the next start of a worker."""
-        self._forget(self.live[training_id])
-
-    def fail(self, training_id: str, failure: JobFailed) -> None:
-        if training := self.live.get(training_id):
+    def _stop(self, training: Training, error: Exception) -> None:
+        """What fails ends; for want of a disk it waits, at its last checkpoint."""
+        if isinstance(error, StorageFull):
+            self._pause(training, error)
+        else:
+            failure = self._failure(training.job.id, error)
             self._forget(training)
             self._emit(failure)
+
+    def _pause(self, training: Training, error: StorageFull | None = None) -> None:
+        reason, message = (error.reason, error.message) if error else ("", "")
+        _log.info("training paused", extra={**_about(training), "reason": reason or "asked"})
+        self._forget(training)
+        self._emit(TrainingPaused(training.job.id, _step_of(training.run.published), reason, message))
 
     def _end(self, training: Training, state: State) -> None:
         seconds = monotonic() - training.began if training.began else 0.0
@@ -237,14 +241,16 @@ class Trainings:
     def _forget(self, training: Training) -> None:
         del self.live[training.job.id]
         self._resting(training.job.id)
-        for sample_id in list(training.samples):
-            del self._by_sample[sample_id]
-            self._unpaint(sample_id)
+        self._samples.forget(training.job.id)
 
     def _tell(
         self, training: Training, name: str, began: float, ended: float, **attributes: str | int
     ) -> None:
         tell(self._emit, training.origin, name, began, ended, training=training.job.id, **attributes)
+
+
+def _step_of(published: Published | None) -> int:
+    return published.use.checkpoint.step if published else 0
 
 
 def _about(training: Training) -> dict[str, str]:

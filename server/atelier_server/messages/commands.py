@@ -32,6 +32,7 @@ class WorkerSettings:
     store_cache_bytes: int = 0
     owner: str = ""
     controlnets: tuple[tuple[str, str], ...] = ()
+    training_share: float = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,13 @@ class Submit:
 @dataclass(frozen=True, slots=True)
 class Cancel:
     """Stops a job at its next step. A training publishes what it has learned first."""
+
+    job_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Stops a training at its next step, with a checkpoint; answered by `TrainingPaused` if it was there."""
 
     job_id: str
 
@@ -143,6 +151,7 @@ class Drain:
 Command = (
     Submit
     | Cancel
+    | Pause
     | LoadAdapter
     | UnloadAdapter
     | ImportAdapter

@@ -139,6 +139,19 @@ class TrainingWarning:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainingPaused:
+    """The training has left the device; it can go on from `step`, its last checkpoint.
+
+    `reason` is "" where that was asked for, else what is in its way (STORAGE_FULL).
+    """
+
+    job_id: str
+    step: int
+    reason: str = ""
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingCompleted:
     """The training ended well (SUCCEEDED) or on request (CANCELLED) at `step`."""
 
@@ -273,6 +286,7 @@ Event = (
     | CheckpointPublished
     | SampleReady
     | TrainingWarning
+    | TrainingPaused
     | TrainingCompleted
     | AdapterLoaded
     | AdaptersUnloaded

@@ -18,7 +18,7 @@ from typing import BinaryIO
 from atelier_server import logs
 from atelier_server.core import CheckpointId
 from atelier_server.engine.loop import Loop, Message
-from atelier_server.engine.trainings import SampleDefaults
+from atelier_server.engine.samples import SampleDefaults
 from atelier_server.messages import (
     AdapterLoaded,
     AdaptersUnloaded,
@@ -175,6 +175,7 @@ def serve(connection: socket.socket) -> int:
         emit=emit,
         slots=settings.slots,
         row_limit=runner.row_limit,
+        training_share=settings.training_share,
         sample_defaults=SampleDefaults(info.native_width, info.native_height, info.default_scheduler),
     )
     pulse = Pulse(loop, runner, outbox)

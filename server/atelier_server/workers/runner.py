@@ -28,7 +28,16 @@ from atelier_server.diffusion.denoiser import Denoiser, Picture
 from atelier_server.diffusion.init_image import InitImages
 from atelier_server.diffusion.meter import peak_bytes
 from atelier_server.diffusion.trajectory import Trajectory, all_or_none
-from atelier_server.engine.runner import Decoded, Memory, OnDevice, Published, StepReport
+from atelier_server.engine.companies import Place
+from atelier_server.engine.runner import (
+    Decoded,
+    Memory,
+    OnDevice,
+    Published,
+    StepReport,
+    TrainingRun,
+    TrainOutcome,
+)
 from atelier_server.engine.scheduler import ImageTask
 from atelier_server.errors import OutOfMemory
 from atelier_server.messages import WorkerSettings
@@ -226,6 +235,11 @@ class TorchRunner:
         self._trainings = (*(ref for ref in self._trainings if ref() is not None), weakref.ref(run))
         return run
 
+    def train(self, runs: Sequence[TrainingRun]) -> list[TrainOutcome]:
+        (run,) = runs  # none has company yet
+        assert isinstance(run, TrainerRun)
+        return [run.train_step()]
+
     # --------------------------------------------------------------------------------------------- device
     @property
     def info(self) -> BaseInfo:
@@ -309,6 +323,10 @@ class TrainerRun:
     @property
     def step(self) -> int:
         return self._trainer.step
+
+    @property
+    def place(self) -> Place:
+        return Place()
 
     @property
     def published(self) -> Published | None:

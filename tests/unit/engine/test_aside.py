@@ -12,7 +12,7 @@ import pytest
 from atelier_server.core import AdapterUse, CheckpointId
 from atelier_server.engine.aside import DeviceWork
 from atelier_server.engine.loop import Loop, Message
-from atelier_server.engine.trainings import SampleDefaults
+from atelier_server.engine.samples import SampleDefaults
 from atelier_server.errors import ServerDraining
 from atelier_server.messages import (
     AbandonCall,

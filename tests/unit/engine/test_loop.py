@@ -6,18 +6,18 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
-from itertools import pairwise
 from queue import SimpleQueue
 from typing import Any
 
 import pytest
 
-from atelier_server.core import CheckpointId, Mode, State
+from atelier_server.core import CheckpointId, Mode, State, TrainingJob
+from atelier_server.engine.companies import Place
 from atelier_server.engine.loop import Loop, Message
-from atelier_server.engine.runner import OnDevice
+from atelier_server.engine.runner import OnDevice, TrainingRun, TrainOutcome
+from atelier_server.engine.samples import SampleDefaults
 from atelier_server.engine.scheduler import ImageTask
-from atelier_server.engine.trainings import SampleDefaults
-from atelier_server.errors import NonfiniteLoss
+from atelier_server.errors import NonfiniteLoss, StorageFull
 from atelier_server.messages import (
     AdapterImported,
     AdapterLoaded,
@@ -33,6 +33,7 @@ from atelier_server.messages import (
     JobCancelled,
     JobFailed,
     LoadAdapter,
+    Pause,
     PreviewReady,
     Progress,
     Queued,
@@ -40,6 +41,7 @@ from atelier_server.messages import (
     SampleReady,
     Submit,
     TrainingCompleted,
+    TrainingPaused,
     TrainingStarted,
     TrainingWarning,
     UnloadAdapter,
@@ -214,14 +216,15 @@ def test_a_training_publishes_and_completes() -> None:
     assert (end.state, end.step) == (State.SUCCEEDED, 5)
 
 
-def test_at_most_one_training_step_between_two_denoise_steps() -> None:
+def test_a_picture_of_usual_length_is_not_held_up_by_a_training() -> None:
     desk = Desk()
-    desk.send(Submit(training("otto-1", max_train_steps=30)), Submit(generation("a", num_inference_steps=9)))
-    desk.until(2)
+    desk.send(Submit(training("otto-1", max_train_steps=300)))
+    while ("train", 7) not in desk.runner.log:
+        desk.loop.turn()
+    desk.send(Submit(generation("a", num_inference_steps=30))).until(1)
     kinds = [kind for kind, _ in desk.runner.log]
     first, last = kinds.index("denoise"), len(kinds) - kinds[::-1].index("denoise")
-    between = kinds[first:last]
-    assert all(not (a == b == "train") for a, b in pairwise(between))
+    assert kinds[first:last] == ["denoise"] * 30
 
 
 def test_samples_are_painted_with_the_checkpoint_and_completion_waits_for_them() -> None:
@@ -269,6 +272,108 @@ def test_a_nonfinite_loss_fails_the_training_and_keeps_its_checkpoints() -> None
     assert desk.of(JobFailed) == [
         JobFailed("otto-1", "NONFINITE_LOSS", "the loss is NaN at step 4", (("step", "4"),))
     ]
+
+
+def company(desk: Desk, *jobs: TrainingJob, rows: int = 2, bucket: int = 8) -> Desk:
+    """These trainings, which may share micro-steps, all prepared."""
+    desk.runner.place = Place("company", rows, bucket)
+    desk.send(*(Submit(job) for job in jobs))
+    while len(desk.of(TrainingStarted)) < len(jobs):
+        desk.loop.turn()
+    return desk
+
+
+def together(desk: Desk) -> list[tuple[str, ...]]:
+    return [names for kind, names in desk.runner.log if kind == "together"]  # type: ignore[misc]
+
+
+def test_trainings_of_one_company_share_micro_steps_and_each_has_its_own_end() -> None:
+    jobs = (training(f"{name}-1", max_train_steps=steps) for name, steps in (("a", 3), ("b", 9), ("c", 6)))
+    desk = company(Desk(), *jobs).until(3)
+    assert {"a-1", "b-1", "c-1"} in [set(names) for names in together(desk)]
+    ends = [(e.job_id, e.step) for e in desk.of(TrainingCompleted)]  # type: ignore[union-attr]
+    assert sorted(ends) == [("a-1", 3), ("b-1", 9), ("c-1", 6)]
+    assert sum(len(names) for names in together(desk)) == 18, "nobody took a step too many"
+    assert len(together(desk)) < 18
+
+
+def test_what_fails_in_a_shared_micro_step_fails_alone() -> None:
+    desk = company(Desk(), training("a-1", max_train_steps=9), training("b-1", max_train_steps=9))
+    desk.runner.runs["a-1"].broken = {5: NonfiniteLoss("NaN at step 5", {"step": "5"})}
+    desk.until(2)
+    assert [(e.job_id, e.reason) for e in desk.of(JobFailed)] == [("a-1", "NONFINITE_LOSS")]
+    assert [(e.job_id, e.step) for e in desk.of(TrainingCompleted)] == [("b-1", 9)]
+
+
+def test_trainings_that_do_not_fit_the_memory_together_are_fewer_and_lose_nothing() -> None:
+    desk = Desk()
+    desk.runner.memory_trainings = 2
+    company(desk, *(training(f"{name}-1", max_train_steps=6) for name in "abcd")).until(4)
+    assert not desk.of(JobFailed)
+    assert sum(len(names) for names in together(desk)) == 24
+    assert {len(names) for names in together(desk)} <= {1, 2}
+    assert desk.of(Sample).count(Sample("out_of_memory_total", 1.0, ("train",))) == 2, "4, then 3 at once"
+
+
+def test_an_error_of_nobodys_own_is_found_by_halves() -> None:
+    desk = company(Desk(), *(training(f"{name}-1", max_train_steps=4) for name in "abc"))
+    train = desk.runner.train
+
+    def odd(runs: Sequence[TrainingRun]) -> list[TrainOutcome]:
+        if any(run is desk.runner.runs["b-1"] for run in runs):
+            raise RuntimeError("odd")
+        return train(runs)
+
+    desk.runner.train = odd  # type: ignore[method-assign]
+    desk.until(3)
+    assert [(e.job_id, e.reason) for e in desk.of(JobFailed)] == [("b-1", "INTERNAL")]
+    assert {e.job_id for e in desk.of(TrainingCompleted)} == {"a-1", "c-1"}
+
+
+def test_a_step_of_several_micro_steps_is_told_once_and_never_cut() -> None:
+    desk = Desk()
+    desk.runner.micro_steps = 3
+    desk.send(Submit(training("otto-1", max_train_steps=50)))
+    while desk.runner.log.count(("together", ("otto-1",))) < 7:
+        desk.loop.turn()
+    assert desk.of(Sample).count(Sample("train_steps_total", 1.0)) == 2
+    desk.send(Cancel("otto-1")).until(1)
+    assert [e.checkpoint.step for e in desk.of(CheckpointPublished)] == [3], "the third was finished first"
+
+
+def test_a_paused_training_keeps_what_it_has_learned_and_leaves() -> None:
+    desk = Desk().send(Submit(training("otto-1", max_train_steps=500)))
+    while ("train", 7) not in desk.runner.log:
+        desk.loop.turn()
+    desk.send(Pause("otto-1"), Pause("unknown"))
+    desk.loop.turn()
+    assert [e.checkpoint.step for e in desk.of(CheckpointPublished)] == [7]
+    assert desk.of(TrainingPaused) == [TrainingPaused("otto-1", 7)]
+    assert not desk.loop.scheduler.has_work
+    assert not desk.loop.trainings.live
+    desk.send(Submit(training("otto-1", resume_step=7, max_train_steps=9))).until(1)
+    assert desk.of(TrainingCompleted)[0].step == 9  # type: ignore[union-attr]
+
+
+def test_a_training_that_is_paused_while_it_prepares_has_nothing_to_keep() -> None:
+    desk = Desk().send(Submit(training("otto-1")), Pause("otto-1"))
+    desk.loop.turn()
+    assert desk.of(TrainingPaused, CheckpointPublished) == [TrainingPaused("otto-1", 0)]
+
+
+@pytest.mark.parametrize("how", ["a checkpoint", "a pause"])
+def test_a_full_disk_pauses_a_training_at_its_last_checkpoint(how: str) -> None:
+    desk = company(Desk(), training("a-1", max_train_steps=9, checkpointing_steps=2), training("b-1"))
+    desk.runner.runs["a-1"].unwritten = {4 if how == "a checkpoint" else 3: StorageFull("no space left")}
+    while ("train", 3) not in desk.runner.log or len(desk.of(CheckpointPublished)) < 1:
+        desk.loop.turn()
+    if how == "a pause":
+        desk.send(Pause("a-1"))
+    while not desk.of(TrainingPaused):
+        desk.loop.turn()
+    assert desk.of(TrainingPaused) == [TrainingPaused("a-1", 2, "STORAGE_FULL", "no space left")]
+    assert not desk.of(JobFailed)
+    assert set(desk.loop.trainings.live) == {"b-1"}
 
 
 def test_a_training_that_is_submitted_twice_runs_once() -> None:

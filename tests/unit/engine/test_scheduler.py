@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,6 +13,7 @@ from atelier_server.core import ROW_BUCKETS, GenerationJob, Mode, Priority
 from atelier_server.engine.residency import Residency
 from atelier_server.engine.scheduler import DenoiseBatch, Scheduler, TrainStep
 from atelier_server.engine.shares import Shares
+from atelier_server.engine.training_share import PATIENCE
 from tests.fakes import generation, use
 
 
@@ -140,17 +143,97 @@ def test_shares_are_fair_whoever_comes_and_goes() -> None:
     assert shares["a"] == shares["b"] == 101
 
 
-def test_one_training_step_between_two_denoise_steps() -> None:
+def run(desk: Scheduler, costs: dict[type[object], float], steps: int) -> list[type[object]]:
+    """The kinds of the next steps, each of which takes what it costs."""
+    kinds: list[type[object]] = []
+    for _ in range(steps):
+        step = desk.schedule()
+        assert step is not None
+        kinds.append(type(step))
+        desk.spent(step, costs[type(step)])
+    return kinds
+
+
+def intervals(kinds: list[type[object]], costs: dict[type[object], float]) -> list[float]:
+    """Seconds from the end of one denoise step to the end of the next."""
+    ends = [sum(costs[k] for k in kinds[: i + 1]) for i, kind in enumerate(kinds) if kind is DenoiseBatch]
+    return [later - earlier for earlier, later in pairwise(ends)]
+
+
+def test_trainings_take_turns_while_nobody_waits_for_a_picture() -> None:
     desk = scheduler()
     desk.submit_training("t1")
     desk.submit_training("t2")
-    assert [desk.schedule(), desk.schedule()] == [TrainStep("t1"), TrainStep("t2")]
+    for turn in ("t1", "t2", "t1"):
+        step = desk.schedule()
+        assert step == TrainStep((turn,))
+        desk.spent(step, 1.0)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.8])
+@pytest.mark.parametrize("micro_step", [0.03, 0.7, 5.0])
+def test_trainings_get_their_share_and_the_usual_interval_stays_as_it_was(
+    share: float, micro_step: float
+) -> None:
+    desk = Scheduler(Residency(8), training_share=share)
+    desk.submit(generation("a", num_images=8))
+    desk.submit_training("t")
+    costs: dict[type[object], float] = {DenoiseBatch: 1.0, TrainStep: micro_step}
+    kinds = run(desk, costs, 4_000)
+    trained = kinds.count(TrainStep) * micro_step
+    assert trained / (trained + kinds.count(DenoiseBatch)) == pytest.approx(share, abs=0.03)
+    longer = [seconds for seconds in intervals(kinds, costs) if seconds > 1.0 + 1e-6]
+    assert 0 < len(longer) <= kinds.count(DenoiseBatch) / PATIENCE
+    ordered = sorted(intervals(kinds, costs))
+    assert ordered[int(0.95 * len(ordered))] <= 1.3
+
+
+def test_a_share_of_nothing_leaves_trainings_what_pictures_do_not_want() -> None:
+    desk = Scheduler(Residency(8), training_share=0.0)
+    desk.submit_training("t")
+    tasks = desk.submit(generation("a"))
+    costs: dict[type[object], float] = {DenoiseBatch: 1.0, TrainStep: 1.0}
+    assert set(run(desk, costs, 200)) == {DenoiseBatch}
+    desk.remove(tasks)
+    assert run(desk, costs, 3) == [TrainStep] * 3
+
+
+def test_what_trainings_do_while_the_device_is_idle_is_not_held_against_them() -> None:
+    desk = scheduler()
+    desk.submit_training("t")
+    costs: dict[type[object], float] = {DenoiseBatch: 1.0, TrainStep: 1.0}
+    run(desk, costs, 1000)
     desk.submit(generation("a"))
-    kinds = [type(desk.schedule()) for _ in range(6)]
-    assert kinds == [DenoiseBatch, TrainStep] * 3
-    desk.remove_training("t1")
-    desk.remove_training("t2")
-    assert [type(desk.schedule()) for _ in range(2)] == [DenoiseBatch] * 2
+    kinds = run(desk, costs, 4 * PATIENCE)
+    assert kinds == ([DenoiseBatch] * PATIENCE + [TrainStep] * PATIENCE) * 2
+
+
+def test_requests_one_after_another_do_not_starve_a_training() -> None:
+    """Each is shorter than a training's patience, and the device is idle for a moment in between."""
+    desk = scheduler()
+    desk.submit_training("t")
+    costs: dict[type[object], float] = {DenoiseBatch: 1.0, TrainStep: 1.0}
+    kinds: list[type[object]] = []
+    for number in range(60):
+        tasks = desk.submit(generation(f"g{number}"))
+        painted = 0
+        while painted < 10:
+            kinds += run(desk, costs, 1)
+            painted += kinds[-1] is DenoiseBatch
+        desk.remove(tasks)
+        kinds += run(desk, costs, 1)
+    assert kinds.count(TrainStep) / len(kinds) == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_training_that_leaves_takes_what_it_was_owed_with_it() -> None:
+    desk = scheduler()
+    desk.submit(generation("a"))
+    desk.submit_training("t")
+    costs: dict[type[object], float] = {DenoiseBatch: 1.0, TrainStep: 1.0}
+    run(desk, costs, PATIENCE - 1)
+    desk.remove_training("t")
+    desk.submit_training("u")
+    assert run(desk, costs, PATIENCE) == [DenoiseBatch] * PATIENCE
 
 
 def test_waiting_jobs_are_those_of_which_nothing_has_started() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from queue import SimpleQueue
 
 from atelier_server.engine.loop import Loop, Message
-from atelier_server.engine.trainings import SampleDefaults
+from atelier_server.engine.samples import SampleDefaults
 from atelier_server.messages import Event, GenerationCompleted, Span, Submit, TrainingCompleted
 from atelier_server.origin import NOWHERE, Origin
 from tests.fakes import FakeRunner, generation, training
