@@ -172,8 +172,13 @@ class AsyncClient(AsyncAdapterCalls, AsyncCraftCalls):
         request = training_pb2.CancelTrainingRequest(training=training)
         return decode(Training, (await self._call(self._trainings.CancelTraining, request)).training)
 
+    async def pause_training(self, training: str) -> Training:
+        """Stops at the next step and keeps what has been learned, until `resume_training`."""
+        request = training_pb2.PauseTrainingRequest(training=training)
+        return decode(Training, (await self._call(self._trainings.PauseTraining, request)).training)
+
     async def resume_training(self, training: str) -> Training:
-        """Queues a cancelled or failed training again, from its last checkpoint."""
+        """Queues a paused, cancelled or failed training again, from its last checkpoint."""
         request = training_pb2.ResumeTrainingRequest(training=training)
         return decode(Training, (await self._call(self._trainings.ResumeTraining, request)).training)
 

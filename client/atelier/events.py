@@ -222,13 +222,19 @@ class TrainingProgress(TrainingEvent):
 
 @dataclass(frozen=True, slots=True)
 class CheckpointPublished(TrainingEvent):
-    """`adapter`, e.g. otto@750, can be used from now on. `loss` is the mean since the checkpoint before."""
+    """`adapter`, e.g. otto@750, can be used from now on. `loss` is the mean since the checkpoint before.
+
+    `validation_loss` is that on pictures which are not learned; `kept_share` is what the adapter keeps of a
+    DreamBooth's change. None where there is none.
+    """
 
     step: int
     adapter: str
     sha256: str
     size_bytes: int
     loss: float
+    validation_loss: float | None = None
+    kept_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

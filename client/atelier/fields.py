@@ -76,9 +76,11 @@ class RecipeFields(TypedDict, total=False):
     """`TrainingRecipe` but for the name, the instance prompt and the number of pictures."""
 
     new_version: Annotated[bool, "publish as the next version where the name exists already (default: no)"]
-    method: Annotated[str, "how to learn (default: lora)"]
+    method: Annotated[
+        Literal["lora", "dreambooth", "textual_inversion", "pivotal"], "how to learn (default: lora)"
+    ]
     max_train_steps: Annotated[int, "optimiser steps (default: 500)"]
-    learning_rate: Annotated[float, "of AdamW (default: 1e-4)"]
+    learning_rate: Annotated[float, "default 1e-4; with prodigy usually 1"]
     lr_scheduler: Annotated[str, "constant, constant_with_warmup, linear, cosine, ... (default: constant)"]
     lr_warmup_steps: Annotated[int, "default 0"]
     train_batch_size: Annotated[int, "pictures a step, at most 16 (default: 4)"]
@@ -99,6 +101,56 @@ class RecipeFields(TypedDict, total=False):
     gradient_checkpointing: Annotated[bool, "trade time for memory (default: no)"]
     snr_gamma: Annotated[float, "min-SNR weighting (arXiv 2303.09556), usually 5 (default: none)"]
     caption_dropout: Annotated[float, "share of captions replaced by the empty prompt (default: 0)"]
+    class_prompt: Annotated[str, 'the subject\'s class, e.g. "a plush octopus", which is to stay as it was']
+    with_prior_preservation: Annotated[bool, "also learn pictures of the class, painted first (default: no)"]
+    prior_loss_weight: Annotated[float, "of the class pictures (default: 1)"]
+    num_class_images: Annotated[int, "how many class pictures (default: 50)"]
+    output_preservation_weight: Annotated[
+        float, "keep what the base paints of the class, without pictures of it (default: 0, off)"
+    ]
+    train_text_encoder: Annotated[bool, "also learn the text encoders (default: no)"]
+    text_encoder_lr: Annotated[float, "default: learning_rate"]
+    placeholder_tokens: Annotated[Sequence[str], "new words to learn, e.g. <otto>; repeats"]
+    num_vectors: Annotated[int, "of each new word (default: 1)"]
+    initializer_token: Annotated[str, "a word that the new ones begin as"]
+    token_lr: Annotated[float, "default: 10 times learning_rate"]
+    train_text_encoder_ti_frac: Annotated[
+        float, "pivotal: share of the steps that learn the words (default: 0.5)"
+    ]
+    pivotal_method: Annotated[Literal["lora", "dreambooth"], "pivotal: what comes after (default: lora)"]
+    target_modules: Annotated[
+        Sequence[str], "attention, feed_forward, convolutions; repeats (default: attention)"
+    ]
+    use_dora: Annotated[bool, "DoRA, arXiv 2402.09353 (default: no)"]
+    use_rslora: Annotated[bool, "scale by alpha / sqrt(rank), arXiv 2312.03732 (default: no)"]
+    init_lora_weights: Annotated[
+        str, "PEFT's: gaussian, default, pissa, pissa_niter_N, olora, orthogonal (default: gaussian)"
+    ]
+    optimizer: Annotated[Literal["adamw", "adamw8bit", "prodigy"], "default: adamw"]
+    gradient_accumulation_steps: Annotated[int, "micro-steps an optimiser step (default: 1)"]
+    noise_offset: Annotated[float, "lets pictures be dark or bright as a whole; usually 0.05 (default: 0)"]
+    use_ema: Annotated[bool, "publish a moving average of the weights (default: no)"]
+    ema_decay: Annotated[float, "default 0.999"]
+    repeats: Annotated[int, "how often a picture comes in one pass (default: 1)"]
+    aspect_ratio_buckets: Annotated[bool, "keep the shape of pictures, about (default: no)"]
+    masked_loss: Annotated[bool, "do not learn what is transparent (default: no)"]
+    mixed_precision: Annotated[
+        Literal["no", "fp16", "bf16"], "what a forward computes in (default: the base's)"
+    ]
+    cache_latents: Annotated[bool, "encode every picture once (default: yes)"]
+    cache_text_embeddings: Annotated[
+        bool, "encode every caption once (default: yes, unless the text side learns)"
+    ]
+    validation_split: Annotated[float, "share of the pictures to measure with, not to learn (default: 0)"]
+    exact: Annotated[bool, "never share a forward with another training (default: no)"]
+    batch_bucket: Annotated[int, "rows of a forward: 2, 4, 8 or 16 (default: the server's choice)"]
+    keep_last: Annotated[int, "keep only so many of the newest checkpoints (default: all)"]
+    keep_every: Annotated[int, "and those at multiples of so many steps"]
+    priority: Annotated[
+        Literal["low", "normal", "high"], "each step up gets more of the device (default: normal)"
+    ]
+    lr_num_cycles: Annotated[int, "restarts of cosine_with_restarts (default: 1)"]
+    lr_power: Annotated[float, "of polynomial (default: 1)"]
 
 
 class ListFields(TypedDict, total=False):

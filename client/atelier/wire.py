@@ -143,6 +143,13 @@ def _list(field: Field, value: Any) -> Any:
     return tuple(_plain(field, item) for item in value) if field.is_repeated else _plain(field, value)
 
 
+def _write_recipe(message: Message, values: dict[str, Any]) -> None:
+    """In place; an empty one is there as well."""
+    message.SetInParent()
+    for name, value in values.items():
+        _write(message, message.DESCRIPTOR.fields_by_name[name], value)
+
+
 def _write(message: Message, field: Field, value: Any) -> None:
     if field.enum_type is not None:
         setattr(message, field.name, number_of(field.enum_type, value))
@@ -150,10 +157,10 @@ def _write(message: Message, field: Field, value: Any) -> None:
         getattr(message, field.name).FromDatetime(value)
     elif is_dataclass(value):
         getattr(message, field.name).CopyFrom(encode(value))
-    elif isinstance(value, tuple):
+    elif isinstance(value, tuple | list):
         getattr(message, field.name).extend([encode(v) if is_dataclass(v) else v for v in value])
     elif field.message_type is training_pb2.TrainingRecipe.DESCRIPTOR:
-        getattr(message, field.name).CopyFrom(training_pb2.TrainingRecipe(**value))
+        _write_recipe(getattr(message, field.name), value)
     elif field.message_type is not None:
         getattr(message, field.name).update(value)  # a map
     else:

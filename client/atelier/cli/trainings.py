@@ -64,8 +64,15 @@ def cancel(training: Id, *, server: flags.Server = flags.DEFAULT_SERVER, json: f
 
 
 @trainings.command()
+def pause(training: Id, *, server: flags.Server = flags.DEFAULT_SERVER, json: flags.Json = False) -> None:
+    """Stop a training for now and keep what it has learned; `resume` goes on."""
+    with connect(server) as client:
+        _show(client.pause_training(training), json)
+
+
+@trainings.command()
 def resume(training: Id, *, server: flags.Server = flags.DEFAULT_SERVER, json: flags.Json = False) -> None:
-    """Queue a cancelled or failed training again, from its last checkpoint."""
+    """Queue a paused, cancelled or failed training again, from its last checkpoint."""
     with connect(server) as client:
         _show(client.resume_training(training), json)
 

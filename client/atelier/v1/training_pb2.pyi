@@ -3,6 +3,7 @@
 isort:skip_file
 Training: from a handful of pictures to an adapter, as a durable job."""
 
+from atelier.v1 import generation_pb2 as _generation_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -47,7 +48,10 @@ Global___TrainingState: _TypeAlias = TrainingState  # noqa: Y015
 
 @_typing.final
 class TrainingRecipe(_message.Message):
-    """What to learn, and how. Names and meanings are those of diffusers' DreamBooth LoRA script."""
+    """What to learn, and how. Names and meanings are those of diffusers' training scripts (DreamBooth, LoRA,
+    textual inversion); where PEFT names a thing, PEFT's. A server refuses by name what its base, its device or
+    its version cannot do, all at once.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -78,6 +82,42 @@ class TrainingRecipe(_message.Message):
     GRADIENT_CHECKPOINTING_FIELD_NUMBER: _builtins.int
     SNR_GAMMA_FIELD_NUMBER: _builtins.int
     CAPTION_DROPOUT_FIELD_NUMBER: _builtins.int
+    CLASS_PROMPT_FIELD_NUMBER: _builtins.int
+    WITH_PRIOR_PRESERVATION_FIELD_NUMBER: _builtins.int
+    PRIOR_LOSS_WEIGHT_FIELD_NUMBER: _builtins.int
+    NUM_CLASS_IMAGES_FIELD_NUMBER: _builtins.int
+    OUTPUT_PRESERVATION_WEIGHT_FIELD_NUMBER: _builtins.int
+    TRAIN_TEXT_ENCODER_FIELD_NUMBER: _builtins.int
+    TEXT_ENCODER_LR_FIELD_NUMBER: _builtins.int
+    PLACEHOLDER_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_VECTORS_FIELD_NUMBER: _builtins.int
+    INITIALIZER_TOKEN_FIELD_NUMBER: _builtins.int
+    TOKEN_LR_FIELD_NUMBER: _builtins.int
+    TRAIN_TEXT_ENCODER_TI_FRAC_FIELD_NUMBER: _builtins.int
+    PIVOTAL_METHOD_FIELD_NUMBER: _builtins.int
+    TARGET_MODULES_FIELD_NUMBER: _builtins.int
+    USE_DORA_FIELD_NUMBER: _builtins.int
+    USE_RSLORA_FIELD_NUMBER: _builtins.int
+    INIT_LORA_WEIGHTS_FIELD_NUMBER: _builtins.int
+    OPTIMIZER_FIELD_NUMBER: _builtins.int
+    GRADIENT_ACCUMULATION_STEPS_FIELD_NUMBER: _builtins.int
+    NOISE_OFFSET_FIELD_NUMBER: _builtins.int
+    USE_EMA_FIELD_NUMBER: _builtins.int
+    EMA_DECAY_FIELD_NUMBER: _builtins.int
+    REPEATS_FIELD_NUMBER: _builtins.int
+    ASPECT_RATIO_BUCKETS_FIELD_NUMBER: _builtins.int
+    MASKED_LOSS_FIELD_NUMBER: _builtins.int
+    MIXED_PRECISION_FIELD_NUMBER: _builtins.int
+    CACHE_LATENTS_FIELD_NUMBER: _builtins.int
+    CACHE_TEXT_EMBEDDINGS_FIELD_NUMBER: _builtins.int
+    VALIDATION_SPLIT_FIELD_NUMBER: _builtins.int
+    EXACT_FIELD_NUMBER: _builtins.int
+    BATCH_BUCKET_FIELD_NUMBER: _builtins.int
+    KEEP_LAST_FIELD_NUMBER: _builtins.int
+    KEEP_EVERY_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    LR_NUM_CYCLES_FIELD_NUMBER: _builtins.int
+    LR_POWER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The adapter's name: [a-z]([a-z0-9-]{0,61}[a-z0-9])?"""
     instance_prompt: _builtins.str
@@ -89,19 +129,22 @@ class TrainingRecipe(_message.Message):
     num_images: _builtins.int
     """How many pictures follow."""
     method: _builtins.str
-    """"lora", the default."""
+    """"lora" (arXiv 2106.09685; the default), "dreambooth" (the whole U-Net, arXiv 2208.12242; a private copy
+    learns, what is published is the adapter extracted from it), "textual_inversion" (new tokens alone, arXiv
+    2208.01618), or "pivotal" (tokens first, then frozen, then `pivotal_method`).
+    """
     max_train_steps: _builtins.int
-    """Default 500."""
+    """Optimiser steps. Default 500."""
     learning_rate: _builtins.float
-    """Default 1e-4."""
+    """Default 1e-4. With "prodigy" a factor of the rate that it finds by itself: then usually 1."""
     lr_scheduler: _builtins.str
     """constant, constant_with_warmup, linear, cosine, cosine_with_restarts or polynomial. Default constant."""
     lr_warmup_steps: _builtins.int
-    """Default 0."""
+    """Default 0, at most max_train_steps."""
     train_batch_size: _builtins.int
     """Default 4, at most 16."""
     rank: _builtins.int
-    """Default 8."""
+    """Of the LoRA matrices; of the extracted adapter for "dreambooth". Default 8."""
     lora_alpha: _builtins.float
     """Default: the rank."""
     resolution: _builtins.int
@@ -129,9 +172,110 @@ class TrainingRecipe(_message.Message):
     """Min-SNR weighting (arXiv 2303.09556); unset means none. Usual: 5."""
     caption_dropout: _builtins.float
     """Share of captions replaced by the empty prompt. Default 0."""
+    class_prompt: _builtins.str
+    """The class of the subject, e.g. "a plush octopus": what stays what it was. Default none."""
+    with_prior_preservation: _builtins.bool
+    """DreamBooth's prior preservation (arXiv 2208.12242): pictures of the class, painted by the server before
+    the training begins, are learned beside the subject's. Needs class_prompt. Default false.
+    """
+    prior_loss_weight: _builtins.float
+    """Weight of the class pictures' loss. Default 1."""
+    num_class_images: _builtins.int
+    """How many class pictures. Default 50, at most 1000."""
+    output_preservation_weight: _builtins.float
+    """Differential output preservation, which needs no class pictures: the base's own prediction for the caption
+    with class_prompt in place of instance_prompt is a second target, with this weight. Needs class_prompt,
+    and instance_prompt within every caption. Default 0: off.
+    """
+    train_text_encoder: _builtins.bool
+    """Also learn the text encoders' attention. Default false. Not with "textual_inversion"."""
+    text_encoder_lr: _builtins.float
+    """Default: learning_rate."""
+    num_vectors: _builtins.int
+    """Vectors of each token. Default 1, at most 32."""
+    initializer_token: _builtins.str
+    """A word whose embedding the vectors begin with. Default: the mean of the vocabulary, with a little noise."""
+    token_lr: _builtins.float
+    """Default: 10 times learning_rate (learning_rate itself with "prodigy"): a few vectors have to go far."""
+    train_text_encoder_ti_frac: _builtins.float
+    """The share of the steps in which "pivotal" learns its tokens; in the rest they are frozen. Above 0, below
+    1. Default 0.5.
+    """
+    pivotal_method: _builtins.str
+    """What "pivotal" goes on with: "lora" (the default) or "dreambooth"."""
+    use_dora: _builtins.bool
+    """DoRA (arXiv 2402.09353). Default false."""
+    use_rslora: _builtins.bool
+    """rsLoRA (arXiv 2312.03732): the change is scaled by alpha / sqrt(rank). Default false."""
+    init_lora_weights: _builtins.str
+    """Initial weights, under PEFT's names: "gaussian" (the default), "default" (PEFT's True), "pissa",
+    "pissa_niter_N", "olora" or "orthogonal".
+    """
+    optimizer: _builtins.str
+    """"adamw" (the default), "adamw8bit" (a GPU and bitsandbytes) or "prodigy" (arXiv 2306.06101)."""
+    gradient_accumulation_steps: _builtins.int
+    """Micro-steps of train_batch_size pictures for one optimiser step. Default 1, at most 128."""
+    noise_offset: _builtins.float
+    """Noise with an offset of its own for each channel, so that pictures may be dark or bright as a whole.
+    Default 0: off. Usual: 0.05 to 0.1.
+    """
+    use_ema: _builtins.bool
+    """Publish an exponential moving average of the weights instead of the weights. Default false."""
+    ema_decay: _builtins.float
+    """Default 0.999."""
+    repeats: _builtins.int
+    """How often a picture comes in one pass through all. Default 1, at most 1000. Weighs the subject's pictures
+    against those of the class.
+    """
+    aspect_ratio_buckets: _builtins.bool
+    """Pictures keep about their shape: each is cropped to one of a few sizes of resolution x resolution area,
+    and a batch has pictures of one size. Default false.
+    """
+    masked_loss: _builtins.bool
+    """The transparency of a picture weighs its loss: what is transparent is not learned. Default false."""
+    mixed_precision: _builtins.str
+    """What the forward computes in: "no" (float32), "fp16" (with a loss scaler) or "bf16". Default: the base's."""
+    cache_latents: _builtins.bool
+    """Encode every picture once, before the training. Default true; false draws a new crop every step."""
+    cache_text_embeddings: _builtins.bool
+    """Encode every caption once. Default: true unless the text side learns (train_text_encoder, tokens)."""
+    validation_split: _builtins.float
+    """Share of the pictures that are not learned; the loss on them, with fixed noise and timesteps, is the
+    checkpoint's validation_loss. Default 0: none. Below 1.
+    """
+    exact: _builtins.bool
+    """Never in one forward with other trainings. Default false: a training's bits do not depend on who shares its
+    forward; this is for devices where they do.
+    """
+    batch_bucket: _builtins.int
+    """Rows of the forward of a micro-step, for the training's whole life: 2, 4, 8 or 16, at least
+    train_batch_size. Default: the server decides when the training begins, and keeps to it.
+    """
+    keep_last: _builtins.int
+    """Keep only so many of the newest checkpoints. Default 0: all."""
+    keep_every: _builtins.int
+    """Checkpoints at multiples of so many steps are kept whatever keep_last says. A multiple of
+    checkpointing_steps. Default 0: none but those.
+    """
+    priority: _generation_pb2.Priority.ValueType
+    """How much of the device's time for trainings it gets beside others. Default NORMAL."""
+    lr_num_cycles: _builtins.int
+    """Hard restarts of cosine_with_restarts. Default 1."""
+    lr_power: _builtins.float
+    """Power of polynomial. Default 1."""
     @_builtins.property
     def validation_prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Painted at every checkpoint."""
+        """Painted at every checkpoint. At most 16."""
+
+    @_builtins.property
+    def placeholder_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The new tokens of "textual_inversion" and "pivotal", e.g. "<otto>": words that captions use and the
+        base's vocabulary lacks. At most 16. Required there, and only there.
+        """
+
+    @_builtins.property
+    def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Which layers of the U-Net learn: any of "attention" (the default), "feed_forward", "convolutions"."""
 
     def __init__(
         self,
@@ -163,10 +307,46 @@ class TrainingRecipe(_message.Message):
         gradient_checkpointing: _builtins.bool | None = ...,
         snr_gamma: _builtins.float | None = ...,
         caption_dropout: _builtins.float | None = ...,
+        class_prompt: _builtins.str | None = ...,
+        with_prior_preservation: _builtins.bool | None = ...,
+        prior_loss_weight: _builtins.float | None = ...,
+        num_class_images: _builtins.int | None = ...,
+        output_preservation_weight: _builtins.float | None = ...,
+        train_text_encoder: _builtins.bool | None = ...,
+        text_encoder_lr: _builtins.float | None = ...,
+        placeholder_tokens: _abc.Iterable[_builtins.str] | None = ...,
+        num_vectors: _builtins.int | None = ...,
+        initializer_token: _builtins.str | None = ...,
+        token_lr: _builtins.float | None = ...,
+        train_text_encoder_ti_frac: _builtins.float | None = ...,
+        pivotal_method: _builtins.str | None = ...,
+        target_modules: _abc.Iterable[_builtins.str] | None = ...,
+        use_dora: _builtins.bool | None = ...,
+        use_rslora: _builtins.bool | None = ...,
+        init_lora_weights: _builtins.str | None = ...,
+        optimizer: _builtins.str | None = ...,
+        gradient_accumulation_steps: _builtins.int | None = ...,
+        noise_offset: _builtins.float | None = ...,
+        use_ema: _builtins.bool | None = ...,
+        ema_decay: _builtins.float | None = ...,
+        repeats: _builtins.int | None = ...,
+        aspect_ratio_buckets: _builtins.bool | None = ...,
+        masked_loss: _builtins.bool | None = ...,
+        mixed_precision: _builtins.str | None = ...,
+        cache_latents: _builtins.bool | None = ...,
+        cache_text_embeddings: _builtins.bool | None = ...,
+        validation_split: _builtins.float | None = ...,
+        exact: _builtins.bool | None = ...,
+        batch_bucket: _builtins.int | None = ...,
+        keep_last: _builtins.int | None = ...,
+        keep_every: _builtins.int | None = ...,
+        priority: _generation_pb2.Priority.ValueType | None = ...,
+        lr_num_cycles: _builtins.int | None = ...,
+        lr_power: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_adam_beta1", b"_adam_beta1", "_adam_beta2", b"_adam_beta2", "_adam_epsilon", b"_adam_epsilon", "_adam_weight_decay", b"_adam_weight_decay", "_caption_dropout", b"_caption_dropout", "_checkpointing_steps", b"_checkpointing_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_learning_rate", b"_learning_rate", "_lora_alpha", b"_lora_alpha", "_lr_scheduler", b"_lr_scheduler", "_lr_warmup_steps", b"_lr_warmup_steps", "_max_grad_norm", b"_max_grad_norm", "_max_train_steps", b"_max_train_steps", "_method", b"_method", "_random_crop", b"_random_crop", "_random_flip", b"_random_flip", "_rank", b"_rank", "_resolution", b"_resolution", "_seed", b"_seed", "_snr_gamma", b"_snr_gamma", "_train_batch_size", b"_train_batch_size", "_validation_steps", b"_validation_steps", "adam_beta1", b"adam_beta1", "adam_beta2", b"adam_beta2", "adam_epsilon", b"adam_epsilon", "adam_weight_decay", b"adam_weight_decay", "caption_dropout", b"caption_dropout", "checkpointing_steps", b"checkpointing_steps", "gradient_checkpointing", b"gradient_checkpointing", "learning_rate", b"learning_rate", "lora_alpha", b"lora_alpha", "lr_scheduler", b"lr_scheduler", "lr_warmup_steps", b"lr_warmup_steps", "max_grad_norm", b"max_grad_norm", "max_train_steps", b"max_train_steps", "method", b"method", "random_crop", b"random_crop", "random_flip", b"random_flip", "rank", b"rank", "resolution", b"resolution", "seed", b"seed", "snr_gamma", b"snr_gamma", "train_batch_size", b"train_batch_size", "validation_steps", b"validation_steps"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_adam_beta1", b"_adam_beta1", "_adam_beta2", b"_adam_beta2", "_adam_epsilon", b"_adam_epsilon", "_adam_weight_decay", b"_adam_weight_decay", "_aspect_ratio_buckets", b"_aspect_ratio_buckets", "_batch_bucket", b"_batch_bucket", "_cache_latents", b"_cache_latents", "_cache_text_embeddings", b"_cache_text_embeddings", "_caption_dropout", b"_caption_dropout", "_checkpointing_steps", b"_checkpointing_steps", "_class_prompt", b"_class_prompt", "_ema_decay", b"_ema_decay", "_exact", b"_exact", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_init_lora_weights", b"_init_lora_weights", "_initializer_token", b"_initializer_token", "_keep_every", b"_keep_every", "_keep_last", b"_keep_last", "_learning_rate", b"_learning_rate", "_lora_alpha", b"_lora_alpha", "_lr_num_cycles", b"_lr_num_cycles", "_lr_power", b"_lr_power", "_lr_scheduler", b"_lr_scheduler", "_lr_warmup_steps", b"_lr_warmup_steps", "_masked_loss", b"_masked_loss", "_max_grad_norm", b"_max_grad_norm", "_max_train_steps", b"_max_train_steps", "_method", b"_method", "_mixed_precision", b"_mixed_precision", "_noise_offset", b"_noise_offset", "_num_class_images", b"_num_class_images", "_num_vectors", b"_num_vectors", "_optimizer", b"_optimizer", "_output_preservation_weight", b"_output_preservation_weight", "_pivotal_method", b"_pivotal_method", "_prior_loss_weight", b"_prior_loss_weight", "_priority", b"_priority", "_random_crop", b"_random_crop", "_random_flip", b"_random_flip", "_rank", b"_rank", "_repeats", b"_repeats", "_resolution", b"_resolution", "_seed", b"_seed", "_snr_gamma", b"_snr_gamma", "_text_encoder_lr", b"_text_encoder_lr", "_token_lr", b"_token_lr", "_train_batch_size", b"_train_batch_size", "_train_text_encoder", b"_train_text_encoder", "_train_text_encoder_ti_frac", b"_train_text_encoder_ti_frac", "_use_dora", b"_use_dora", "_use_ema", b"_use_ema", "_use_rslora", b"_use_rslora", "_validation_split", b"_validation_split", "_validation_steps", b"_validation_steps", "_with_prior_preservation", b"_with_prior_preservation", "adam_beta1", b"adam_beta1", "adam_beta2", b"adam_beta2", "adam_epsilon", b"adam_epsilon", "adam_weight_decay", b"adam_weight_decay", "aspect_ratio_buckets", b"aspect_ratio_buckets", "batch_bucket", b"batch_bucket", "cache_latents", b"cache_latents", "cache_text_embeddings", b"cache_text_embeddings", "caption_dropout", b"caption_dropout", "checkpointing_steps", b"checkpointing_steps", "class_prompt", b"class_prompt", "ema_decay", b"ema_decay", "exact", b"exact", "gradient_accumulation_steps", b"gradient_accumulation_steps", "gradient_checkpointing", b"gradient_checkpointing", "init_lora_weights", b"init_lora_weights", "initializer_token", b"initializer_token", "keep_every", b"keep_every", "keep_last", b"keep_last", "learning_rate", b"learning_rate", "lora_alpha", b"lora_alpha", "lr_num_cycles", b"lr_num_cycles", "lr_power", b"lr_power", "lr_scheduler", b"lr_scheduler", "lr_warmup_steps", b"lr_warmup_steps", "masked_loss", b"masked_loss", "max_grad_norm", b"max_grad_norm", "max_train_steps", b"max_train_steps", "method", b"method", "mixed_precision", b"mixed_precision", "noise_offset", b"noise_offset", "num_class_images", b"num_class_images", "num_vectors", b"num_vectors", "optimizer", b"optimizer", "output_preservation_weight", b"output_preservation_weight", "pivotal_method", b"pivotal_method", "prior_loss_weight", b"prior_loss_weight", "priority", b"priority", "random_crop", b"random_crop", "random_flip", b"random_flip", "rank", b"rank", "repeats", b"repeats", "resolution", b"resolution", "seed", b"seed", "snr_gamma", b"snr_gamma", "text_encoder_lr", b"text_encoder_lr", "token_lr", b"token_lr", "train_batch_size", b"train_batch_size", "train_text_encoder", b"train_text_encoder", "train_text_encoder_ti_frac", b"train_text_encoder_ti_frac", "use_dora", b"use_dora", "use_ema", b"use_ema", "use_rslora", b"use_rslora", "validation_split", b"validation_split", "validation_steps", b"validation_steps", "with_prior_preservation", b"with_prior_preservation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adam_beta1", b"_adam_beta1", "_adam_beta2", b"_adam_beta2", "_adam_epsilon", b"_adam_epsilon", "_adam_weight_decay", b"_adam_weight_decay", "_caption_dropout", b"_caption_dropout", "_checkpointing_steps", b"_checkpointing_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_learning_rate", b"_learning_rate", "_lora_alpha", b"_lora_alpha", "_lr_scheduler", b"_lr_scheduler", "_lr_warmup_steps", b"_lr_warmup_steps", "_max_grad_norm", b"_max_grad_norm", "_max_train_steps", b"_max_train_steps", "_method", b"_method", "_random_crop", b"_random_crop", "_random_flip", b"_random_flip", "_rank", b"_rank", "_resolution", b"_resolution", "_seed", b"_seed", "_snr_gamma", b"_snr_gamma", "_train_batch_size", b"_train_batch_size", "_validation_steps", b"_validation_steps", "adam_beta1", b"adam_beta1", "adam_beta2", b"adam_beta2", "adam_epsilon", b"adam_epsilon", "adam_weight_decay", b"adam_weight_decay", "caption_dropout", b"caption_dropout", "checkpointing_steps", b"checkpointing_steps", "gradient_checkpointing", b"gradient_checkpointing", "instance_prompt", b"instance_prompt", "learning_rate", b"learning_rate", "lora_alpha", b"lora_alpha", "lr_scheduler", b"lr_scheduler", "lr_warmup_steps", b"lr_warmup_steps", "max_grad_norm", b"max_grad_norm", "max_train_steps", b"max_train_steps", "method", b"method", "name", b"name", "new_version", b"new_version", "num_images", b"num_images", "random_crop", b"random_crop", "random_flip", b"random_flip", "rank", b"rank", "resolution", b"resolution", "seed", b"seed", "snr_gamma", b"snr_gamma", "train_batch_size", b"train_batch_size", "validation_prompts", b"validation_prompts", "validation_steps", b"validation_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adam_beta1", b"_adam_beta1", "_adam_beta2", b"_adam_beta2", "_adam_epsilon", b"_adam_epsilon", "_adam_weight_decay", b"_adam_weight_decay", "_aspect_ratio_buckets", b"_aspect_ratio_buckets", "_batch_bucket", b"_batch_bucket", "_cache_latents", b"_cache_latents", "_cache_text_embeddings", b"_cache_text_embeddings", "_caption_dropout", b"_caption_dropout", "_checkpointing_steps", b"_checkpointing_steps", "_class_prompt", b"_class_prompt", "_ema_decay", b"_ema_decay", "_exact", b"_exact", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_gradient_checkpointing", b"_gradient_checkpointing", "_init_lora_weights", b"_init_lora_weights", "_initializer_token", b"_initializer_token", "_keep_every", b"_keep_every", "_keep_last", b"_keep_last", "_learning_rate", b"_learning_rate", "_lora_alpha", b"_lora_alpha", "_lr_num_cycles", b"_lr_num_cycles", "_lr_power", b"_lr_power", "_lr_scheduler", b"_lr_scheduler", "_lr_warmup_steps", b"_lr_warmup_steps", "_masked_loss", b"_masked_loss", "_max_grad_norm", b"_max_grad_norm", "_max_train_steps", b"_max_train_steps", "_method", b"_method", "_mixed_precision", b"_mixed_precision", "_noise_offset", b"_noise_offset", "_num_class_images", b"_num_class_images", "_num_vectors", b"_num_vectors", "_optimizer", b"_optimizer", "_output_preservation_weight", b"_output_preservation_weight", "_pivotal_method", b"_pivotal_method", "_prior_loss_weight", b"_prior_loss_weight", "_priority", b"_priority", "_random_crop", b"_random_crop", "_random_flip", b"_random_flip", "_rank", b"_rank", "_repeats", b"_repeats", "_resolution", b"_resolution", "_seed", b"_seed", "_snr_gamma", b"_snr_gamma", "_text_encoder_lr", b"_text_encoder_lr", "_token_lr", b"_token_lr", "_train_batch_size", b"_train_batch_size", "_train_text_encoder", b"_train_text_encoder", "_train_text_encoder_ti_frac", b"_train_text_encoder_ti_frac", "_use_dora", b"_use_dora", "_use_ema", b"_use_ema", "_use_rslora", b"_use_rslora", "_validation_split", b"_validation_split", "_validation_steps", b"_validation_steps", "_with_prior_preservation", b"_with_prior_preservation", "adam_beta1", b"adam_beta1", "adam_beta2", b"adam_beta2", "adam_epsilon", b"adam_epsilon", "adam_weight_decay", b"adam_weight_decay", "aspect_ratio_buckets", b"aspect_ratio_buckets", "batch_bucket", b"batch_bucket", "cache_latents", b"cache_latents", "cache_text_embeddings", b"cache_text_embeddings", "caption_dropout", b"caption_dropout", "checkpointing_steps", b"checkpointing_steps", "class_prompt", b"class_prompt", "ema_decay", b"ema_decay", "exact", b"exact", "gradient_accumulation_steps", b"gradient_accumulation_steps", "gradient_checkpointing", b"gradient_checkpointing", "init_lora_weights", b"init_lora_weights", "initializer_token", b"initializer_token", "instance_prompt", b"instance_prompt", "keep_every", b"keep_every", "keep_last", b"keep_last", "learning_rate", b"learning_rate", "lora_alpha", b"lora_alpha", "lr_num_cycles", b"lr_num_cycles", "lr_power", b"lr_power", "lr_scheduler", b"lr_scheduler", "lr_warmup_steps", b"lr_warmup_steps", "masked_loss", b"masked_loss", "max_grad_norm", b"max_grad_norm", "max_train_steps", b"max_train_steps", "method", b"method", "mixed_precision", b"mixed_precision", "name", b"name", "new_version", b"new_version", "noise_offset", b"noise_offset", "num_class_images", b"num_class_images", "num_images", b"num_images", "num_vectors", b"num_vectors", "optimizer", b"optimizer", "output_preservation_weight", b"output_preservation_weight", "pivotal_method", b"pivotal_method", "placeholder_tokens", b"placeholder_tokens", "prior_loss_weight", b"prior_loss_weight", "priority", b"priority", "random_crop", b"random_crop", "random_flip", b"random_flip", "rank", b"rank", "repeats", b"repeats", "resolution", b"resolution", "seed", b"seed", "snr_gamma", b"snr_gamma", "target_modules", b"target_modules", "text_encoder_lr", b"text_encoder_lr", "token_lr", b"token_lr", "train_batch_size", b"train_batch_size", "train_text_encoder", b"train_text_encoder", "train_text_encoder_ti_frac", b"train_text_encoder_ti_frac", "use_dora", b"use_dora", "use_ema", b"use_ema", "use_rslora", b"use_rslora", "validation_prompts", b"validation_prompts", "validation_split", b"validation_split", "validation_steps", b"validation_steps", "with_prior_preservation", b"with_prior_preservation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__adam_beta1: _TypeAlias = _typing.Literal["adam_beta1"]  # noqa: Y015
     _WhichOneofArgType__adam_beta1: _TypeAlias = _typing.Literal["_adam_beta1", b"_adam_beta1"]  # noqa: Y015
@@ -176,42 +356,110 @@ class TrainingRecipe(_message.Message):
     _WhichOneofArgType__adam_epsilon: _TypeAlias = _typing.Literal["_adam_epsilon", b"_adam_epsilon"]  # noqa: Y015
     _WhichOneofReturnType__adam_weight_decay: _TypeAlias = _typing.Literal["adam_weight_decay"]  # noqa: Y015
     _WhichOneofArgType__adam_weight_decay: _TypeAlias = _typing.Literal["_adam_weight_decay", b"_adam_weight_decay"]  # noqa: Y015
+    _WhichOneofReturnType__aspect_ratio_buckets: _TypeAlias = _typing.Literal["aspect_ratio_buckets"]  # noqa: Y015
+    _WhichOneofArgType__aspect_ratio_buckets: _TypeAlias = _typing.Literal["_aspect_ratio_buckets", b"_aspect_ratio_buckets"]  # noqa: Y015
+    _WhichOneofReturnType__batch_bucket: _TypeAlias = _typing.Literal["batch_bucket"]  # noqa: Y015
+    _WhichOneofArgType__batch_bucket: _TypeAlias = _typing.Literal["_batch_bucket", b"_batch_bucket"]  # noqa: Y015
+    _WhichOneofReturnType__cache_latents: _TypeAlias = _typing.Literal["cache_latents"]  # noqa: Y015
+    _WhichOneofArgType__cache_latents: _TypeAlias = _typing.Literal["_cache_latents", b"_cache_latents"]  # noqa: Y015
+    _WhichOneofReturnType__cache_text_embeddings: _TypeAlias = _typing.Literal["cache_text_embeddings"]  # noqa: Y015
+    _WhichOneofArgType__cache_text_embeddings: _TypeAlias = _typing.Literal["_cache_text_embeddings", b"_cache_text_embeddings"]  # noqa: Y015
     _WhichOneofReturnType__caption_dropout: _TypeAlias = _typing.Literal["caption_dropout"]  # noqa: Y015
     _WhichOneofArgType__caption_dropout: _TypeAlias = _typing.Literal["_caption_dropout", b"_caption_dropout"]  # noqa: Y015
     _WhichOneofReturnType__checkpointing_steps: _TypeAlias = _typing.Literal["checkpointing_steps"]  # noqa: Y015
     _WhichOneofArgType__checkpointing_steps: _TypeAlias = _typing.Literal["_checkpointing_steps", b"_checkpointing_steps"]  # noqa: Y015
+    _WhichOneofReturnType__class_prompt: _TypeAlias = _typing.Literal["class_prompt"]  # noqa: Y015
+    _WhichOneofArgType__class_prompt: _TypeAlias = _typing.Literal["_class_prompt", b"_class_prompt"]  # noqa: Y015
+    _WhichOneofReturnType__ema_decay: _TypeAlias = _typing.Literal["ema_decay"]  # noqa: Y015
+    _WhichOneofArgType__ema_decay: _TypeAlias = _typing.Literal["_ema_decay", b"_ema_decay"]  # noqa: Y015
+    _WhichOneofReturnType__exact: _TypeAlias = _typing.Literal["exact"]  # noqa: Y015
+    _WhichOneofArgType__exact: _TypeAlias = _typing.Literal["_exact", b"_exact"]  # noqa: Y015
+    _WhichOneofReturnType__gradient_accumulation_steps: _TypeAlias = _typing.Literal["gradient_accumulation_steps"]  # noqa: Y015
+    _WhichOneofArgType__gradient_accumulation_steps: _TypeAlias = _typing.Literal["_gradient_accumulation_steps", b"_gradient_accumulation_steps"]  # noqa: Y015
     _WhichOneofReturnType__gradient_checkpointing: _TypeAlias = _typing.Literal["gradient_checkpointing"]  # noqa: Y015
     _WhichOneofArgType__gradient_checkpointing: _TypeAlias = _typing.Literal["_gradient_checkpointing", b"_gradient_checkpointing"]  # noqa: Y015
+    _WhichOneofReturnType__init_lora_weights: _TypeAlias = _typing.Literal["init_lora_weights"]  # noqa: Y015
+    _WhichOneofArgType__init_lora_weights: _TypeAlias = _typing.Literal["_init_lora_weights", b"_init_lora_weights"]  # noqa: Y015
+    _WhichOneofReturnType__initializer_token: _TypeAlias = _typing.Literal["initializer_token"]  # noqa: Y015
+    _WhichOneofArgType__initializer_token: _TypeAlias = _typing.Literal["_initializer_token", b"_initializer_token"]  # noqa: Y015
+    _WhichOneofReturnType__keep_every: _TypeAlias = _typing.Literal["keep_every"]  # noqa: Y015
+    _WhichOneofArgType__keep_every: _TypeAlias = _typing.Literal["_keep_every", b"_keep_every"]  # noqa: Y015
+    _WhichOneofReturnType__keep_last: _TypeAlias = _typing.Literal["keep_last"]  # noqa: Y015
+    _WhichOneofArgType__keep_last: _TypeAlias = _typing.Literal["_keep_last", b"_keep_last"]  # noqa: Y015
     _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
     _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
     _WhichOneofReturnType__lora_alpha: _TypeAlias = _typing.Literal["lora_alpha"]  # noqa: Y015
     _WhichOneofArgType__lora_alpha: _TypeAlias = _typing.Literal["_lora_alpha", b"_lora_alpha"]  # noqa: Y015
+    _WhichOneofReturnType__lr_num_cycles: _TypeAlias = _typing.Literal["lr_num_cycles"]  # noqa: Y015
+    _WhichOneofArgType__lr_num_cycles: _TypeAlias = _typing.Literal["_lr_num_cycles", b"_lr_num_cycles"]  # noqa: Y015
+    _WhichOneofReturnType__lr_power: _TypeAlias = _typing.Literal["lr_power"]  # noqa: Y015
+    _WhichOneofArgType__lr_power: _TypeAlias = _typing.Literal["_lr_power", b"_lr_power"]  # noqa: Y015
     _WhichOneofReturnType__lr_scheduler: _TypeAlias = _typing.Literal["lr_scheduler"]  # noqa: Y015
     _WhichOneofArgType__lr_scheduler: _TypeAlias = _typing.Literal["_lr_scheduler", b"_lr_scheduler"]  # noqa: Y015
     _WhichOneofReturnType__lr_warmup_steps: _TypeAlias = _typing.Literal["lr_warmup_steps"]  # noqa: Y015
     _WhichOneofArgType__lr_warmup_steps: _TypeAlias = _typing.Literal["_lr_warmup_steps", b"_lr_warmup_steps"]  # noqa: Y015
+    _WhichOneofReturnType__masked_loss: _TypeAlias = _typing.Literal["masked_loss"]  # noqa: Y015
+    _WhichOneofArgType__masked_loss: _TypeAlias = _typing.Literal["_masked_loss", b"_masked_loss"]  # noqa: Y015
     _WhichOneofReturnType__max_grad_norm: _TypeAlias = _typing.Literal["max_grad_norm"]  # noqa: Y015
     _WhichOneofArgType__max_grad_norm: _TypeAlias = _typing.Literal["_max_grad_norm", b"_max_grad_norm"]  # noqa: Y015
     _WhichOneofReturnType__max_train_steps: _TypeAlias = _typing.Literal["max_train_steps"]  # noqa: Y015
     _WhichOneofArgType__max_train_steps: _TypeAlias = _typing.Literal["_max_train_steps", b"_max_train_steps"]  # noqa: Y015
     _WhichOneofReturnType__method: _TypeAlias = _typing.Literal["method"]  # noqa: Y015
     _WhichOneofArgType__method: _TypeAlias = _typing.Literal["_method", b"_method"]  # noqa: Y015
+    _WhichOneofReturnType__mixed_precision: _TypeAlias = _typing.Literal["mixed_precision"]  # noqa: Y015
+    _WhichOneofArgType__mixed_precision: _TypeAlias = _typing.Literal["_mixed_precision", b"_mixed_precision"]  # noqa: Y015
+    _WhichOneofReturnType__noise_offset: _TypeAlias = _typing.Literal["noise_offset"]  # noqa: Y015
+    _WhichOneofArgType__noise_offset: _TypeAlias = _typing.Literal["_noise_offset", b"_noise_offset"]  # noqa: Y015
+    _WhichOneofReturnType__num_class_images: _TypeAlias = _typing.Literal["num_class_images"]  # noqa: Y015
+    _WhichOneofArgType__num_class_images: _TypeAlias = _typing.Literal["_num_class_images", b"_num_class_images"]  # noqa: Y015
+    _WhichOneofReturnType__num_vectors: _TypeAlias = _typing.Literal["num_vectors"]  # noqa: Y015
+    _WhichOneofArgType__num_vectors: _TypeAlias = _typing.Literal["_num_vectors", b"_num_vectors"]  # noqa: Y015
+    _WhichOneofReturnType__optimizer: _TypeAlias = _typing.Literal["optimizer"]  # noqa: Y015
+    _WhichOneofArgType__optimizer: _TypeAlias = _typing.Literal["_optimizer", b"_optimizer"]  # noqa: Y015
+    _WhichOneofReturnType__output_preservation_weight: _TypeAlias = _typing.Literal["output_preservation_weight"]  # noqa: Y015
+    _WhichOneofArgType__output_preservation_weight: _TypeAlias = _typing.Literal["_output_preservation_weight", b"_output_preservation_weight"]  # noqa: Y015
+    _WhichOneofReturnType__pivotal_method: _TypeAlias = _typing.Literal["pivotal_method"]  # noqa: Y015
+    _WhichOneofArgType__pivotal_method: _TypeAlias = _typing.Literal["_pivotal_method", b"_pivotal_method"]  # noqa: Y015
+    _WhichOneofReturnType__prior_loss_weight: _TypeAlias = _typing.Literal["prior_loss_weight"]  # noqa: Y015
+    _WhichOneofArgType__prior_loss_weight: _TypeAlias = _typing.Literal["_prior_loss_weight", b"_prior_loss_weight"]  # noqa: Y015
+    _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
+    _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
     _WhichOneofReturnType__random_crop: _TypeAlias = _typing.Literal["random_crop"]  # noqa: Y015
     _WhichOneofArgType__random_crop: _TypeAlias = _typing.Literal["_random_crop", b"_random_crop"]  # noqa: Y015
     _WhichOneofReturnType__random_flip: _TypeAlias = _typing.Literal["random_flip"]  # noqa: Y015
     _WhichOneofArgType__random_flip: _TypeAlias = _typing.Literal["_random_flip", b"_random_flip"]  # noqa: Y015
     _WhichOneofReturnType__rank: _TypeAlias = _typing.Literal["rank"]  # noqa: Y015
     _WhichOneofArgType__rank: _TypeAlias = _typing.Literal["_rank", b"_rank"]  # noqa: Y015
+    _WhichOneofReturnType__repeats: _TypeAlias = _typing.Literal["repeats"]  # noqa: Y015
+    _WhichOneofArgType__repeats: _TypeAlias = _typing.Literal["_repeats", b"_repeats"]  # noqa: Y015
     _WhichOneofReturnType__resolution: _TypeAlias = _typing.Literal["resolution"]  # noqa: Y015
     _WhichOneofArgType__resolution: _TypeAlias = _typing.Literal["_resolution", b"_resolution"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__snr_gamma: _TypeAlias = _typing.Literal["snr_gamma"]  # noqa: Y015
     _WhichOneofArgType__snr_gamma: _TypeAlias = _typing.Literal["_snr_gamma", b"_snr_gamma"]  # noqa: Y015
+    _WhichOneofReturnType__text_encoder_lr: _TypeAlias = _typing.Literal["text_encoder_lr"]  # noqa: Y015
+    _WhichOneofArgType__text_encoder_lr: _TypeAlias = _typing.Literal["_text_encoder_lr", b"_text_encoder_lr"]  # noqa: Y015
+    _WhichOneofReturnType__token_lr: _TypeAlias = _typing.Literal["token_lr"]  # noqa: Y015
+    _WhichOneofArgType__token_lr: _TypeAlias = _typing.Literal["_token_lr", b"_token_lr"]  # noqa: Y015
     _WhichOneofReturnType__train_batch_size: _TypeAlias = _typing.Literal["train_batch_size"]  # noqa: Y015
     _WhichOneofArgType__train_batch_size: _TypeAlias = _typing.Literal["_train_batch_size", b"_train_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__train_text_encoder: _TypeAlias = _typing.Literal["train_text_encoder"]  # noqa: Y015
+    _WhichOneofArgType__train_text_encoder: _TypeAlias = _typing.Literal["_train_text_encoder", b"_train_text_encoder"]  # noqa: Y015
+    _WhichOneofReturnType__train_text_encoder_ti_frac: _TypeAlias = _typing.Literal["train_text_encoder_ti_frac"]  # noqa: Y015
+    _WhichOneofArgType__train_text_encoder_ti_frac: _TypeAlias = _typing.Literal["_train_text_encoder_ti_frac", b"_train_text_encoder_ti_frac"]  # noqa: Y015
+    _WhichOneofReturnType__use_dora: _TypeAlias = _typing.Literal["use_dora"]  # noqa: Y015
+    _WhichOneofArgType__use_dora: _TypeAlias = _typing.Literal["_use_dora", b"_use_dora"]  # noqa: Y015
+    _WhichOneofReturnType__use_ema: _TypeAlias = _typing.Literal["use_ema"]  # noqa: Y015
+    _WhichOneofArgType__use_ema: _TypeAlias = _typing.Literal["_use_ema", b"_use_ema"]  # noqa: Y015
+    _WhichOneofReturnType__use_rslora: _TypeAlias = _typing.Literal["use_rslora"]  # noqa: Y015
+    _WhichOneofArgType__use_rslora: _TypeAlias = _typing.Literal["_use_rslora", b"_use_rslora"]  # noqa: Y015
+    _WhichOneofReturnType__validation_split: _TypeAlias = _typing.Literal["validation_split"]  # noqa: Y015
+    _WhichOneofArgType__validation_split: _TypeAlias = _typing.Literal["_validation_split", b"_validation_split"]  # noqa: Y015
     _WhichOneofReturnType__validation_steps: _TypeAlias = _typing.Literal["validation_steps"]  # noqa: Y015
     _WhichOneofArgType__validation_steps: _TypeAlias = _typing.Literal["_validation_steps", b"_validation_steps"]  # noqa: Y015
+    _WhichOneofReturnType__with_prior_preservation: _TypeAlias = _typing.Literal["with_prior_preservation"]  # noqa: Y015
+    _WhichOneofArgType__with_prior_preservation: _TypeAlias = _typing.Literal["_with_prior_preservation", b"_with_prior_preservation"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__adam_beta1) -> _WhichOneofReturnType__adam_beta1 | None: ...
     @_typing.overload
@@ -221,19 +469,49 @@ class TrainingRecipe(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__adam_weight_decay) -> _WhichOneofReturnType__adam_weight_decay | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__aspect_ratio_buckets) -> _WhichOneofReturnType__aspect_ratio_buckets | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_bucket) -> _WhichOneofReturnType__batch_bucket | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cache_latents) -> _WhichOneofReturnType__cache_latents | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cache_text_embeddings) -> _WhichOneofReturnType__cache_text_embeddings | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__caption_dropout) -> _WhichOneofReturnType__caption_dropout | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__checkpointing_steps) -> _WhichOneofReturnType__checkpointing_steps | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__class_prompt) -> _WhichOneofReturnType__class_prompt | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ema_decay) -> _WhichOneofReturnType__ema_decay | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__exact) -> _WhichOneofReturnType__exact | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gradient_accumulation_steps) -> _WhichOneofReturnType__gradient_accumulation_steps | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__gradient_checkpointing) -> _WhichOneofReturnType__gradient_checkpointing | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__init_lora_weights) -> _WhichOneofReturnType__init_lora_weights | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__initializer_token) -> _WhichOneofReturnType__initializer_token | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__keep_every) -> _WhichOneofReturnType__keep_every | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__keep_last) -> _WhichOneofReturnType__keep_last | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__lora_alpha) -> _WhichOneofReturnType__lora_alpha | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lr_num_cycles) -> _WhichOneofReturnType__lr_num_cycles | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lr_power) -> _WhichOneofReturnType__lr_power | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__lr_scheduler) -> _WhichOneofReturnType__lr_scheduler | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__lr_warmup_steps) -> _WhichOneofReturnType__lr_warmup_steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__masked_loss) -> _WhichOneofReturnType__masked_loss | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_grad_norm) -> _WhichOneofReturnType__max_grad_norm | None: ...
     @_typing.overload
@@ -241,11 +519,31 @@ class TrainingRecipe(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__method) -> _WhichOneofReturnType__method | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mixed_precision) -> _WhichOneofReturnType__mixed_precision | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__noise_offset) -> _WhichOneofReturnType__noise_offset | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_class_images) -> _WhichOneofReturnType__num_class_images | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_vectors) -> _WhichOneofReturnType__num_vectors | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__optimizer) -> _WhichOneofReturnType__optimizer | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__output_preservation_weight) -> _WhichOneofReturnType__output_preservation_weight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pivotal_method) -> _WhichOneofReturnType__pivotal_method | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prior_loss_weight) -> _WhichOneofReturnType__prior_loss_weight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__random_crop) -> _WhichOneofReturnType__random_crop | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__random_flip) -> _WhichOneofReturnType__random_flip | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rank) -> _WhichOneofReturnType__rank | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__repeats) -> _WhichOneofReturnType__repeats | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__resolution) -> _WhichOneofReturnType__resolution | None: ...
     @_typing.overload
@@ -253,9 +551,27 @@ class TrainingRecipe(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__snr_gamma) -> _WhichOneofReturnType__snr_gamma | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__text_encoder_lr) -> _WhichOneofReturnType__text_encoder_lr | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__token_lr) -> _WhichOneofReturnType__token_lr | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__train_batch_size) -> _WhichOneofReturnType__train_batch_size | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__train_text_encoder) -> _WhichOneofReturnType__train_text_encoder | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__train_text_encoder_ti_frac) -> _WhichOneofReturnType__train_text_encoder_ti_frac | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__use_dora) -> _WhichOneofReturnType__use_dora | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__use_ema) -> _WhichOneofReturnType__use_ema | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__use_rslora) -> _WhichOneofReturnType__use_rslora | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__validation_split) -> _WhichOneofReturnType__validation_split | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__validation_steps) -> _WhichOneofReturnType__validation_steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__with_prior_preservation) -> _WhichOneofReturnType__with_prior_preservation | None: ...
 
 Global___TrainingRecipe: _TypeAlias = TrainingRecipe  # noqa: Y015
 
@@ -435,6 +751,8 @@ class TrainingEvent(_message.Message):
         SHA256_FIELD_NUMBER: _builtins.int
         SIZE_BYTES_FIELD_NUMBER: _builtins.int
         LOSS_FIELD_NUMBER: _builtins.int
+        VALIDATION_LOSS_FIELD_NUMBER: _builtins.int
+        KEPT_SHARE_FIELD_NUMBER: _builtins.int
         step: _builtins.int
         adapter: _builtins.str
         """Usable from now on, e.g. otto@750."""
@@ -442,6 +760,10 @@ class TrainingEvent(_message.Message):
         size_bytes: _builtins.int
         loss: _builtins.float
         """Mean loss since the checkpoint before."""
+        validation_loss: _builtins.float
+        """Mean loss on the pictures of validation_split, always with the same noise and timesteps."""
+        kept_share: _builtins.float
+        """"dreambooth": the share of the change's squared norm that the extracted adapter keeps, above 0, to 1."""
         def __init__(
             self,
             *,
@@ -450,12 +772,21 @@ class TrainingEvent(_message.Message):
             sha256: _builtins.str = ...,
             size_bytes: _builtins.int = ...,
             loss: _builtins.float = ...,
+            validation_loss: _builtins.float | None = ...,
+            kept_share: _builtins.float | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_kept_share", b"_kept_share", "_validation_loss", b"_validation_loss", "kept_share", b"kept_share", "validation_loss", b"validation_loss"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "loss", b"loss", "sha256", b"sha256", "size_bytes", b"size_bytes", "step", b"step"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_kept_share", b"_kept_share", "_validation_loss", b"_validation_loss", "adapter", b"adapter", "kept_share", b"kept_share", "loss", b"loss", "sha256", b"sha256", "size_bytes", b"size_bytes", "step", b"step", "validation_loss", b"validation_loss"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
+        _WhichOneofReturnType__kept_share: _TypeAlias = _typing.Literal["kept_share"]  # noqa: Y015
+        _WhichOneofArgType__kept_share: _TypeAlias = _typing.Literal["_kept_share", b"_kept_share"]  # noqa: Y015
+        _WhichOneofReturnType__validation_loss: _TypeAlias = _typing.Literal["validation_loss"]  # noqa: Y015
+        _WhichOneofArgType__validation_loss: _TypeAlias = _typing.Literal["_validation_loss", b"_validation_loss"]  # noqa: Y015
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__kept_share) -> _WhichOneofReturnType__kept_share | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__validation_loss) -> _WhichOneofReturnType__validation_loss | None: ...
 
     @_typing.final
     class Sample(_message.Message):
@@ -845,6 +1176,46 @@ class CancelTrainingResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelTrainingResponse: _TypeAlias = CancelTrainingResponse  # noqa: Y015
+
+@_typing.final
+class PauseTrainingRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRAINING_FIELD_NUMBER: _builtins.int
+    training: _builtins.str
+    """A training's id, or an adapter's name meaning its latest training."""
+    def __init__(
+        self,
+        *,
+        training: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["training", b"training"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseTrainingRequest: _TypeAlias = PauseTrainingRequest  # noqa: Y015
+
+@_typing.final
+class PauseTrainingResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRAINING_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def training(self) -> Global___Training: ...
+    def __init__(
+        self,
+        *,
+        training: Global___Training | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["training", b"training"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["training", b"training"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseTrainingResponse: _TypeAlias = PauseTrainingResponse  # noqa: Y015
 
 @_typing.final
 class ResumeTrainingRequest(_message.Message):

@@ -61,6 +61,11 @@ class TrainingServiceStub:
                 request_serializer=atelier_dot_v1_dot_training__pb2.CancelTrainingRequest.SerializeToString,
                 response_deserializer=atelier_dot_v1_dot_training__pb2.CancelTrainingResponse.FromString,
                 _registered_method=True)
+        self.PauseTraining = channel.unary_unary(
+                '/atelier.v1.TrainingService/PauseTraining',
+                request_serializer=atelier_dot_v1_dot_training__pb2.PauseTrainingRequest.SerializeToString,
+                response_deserializer=atelier_dot_v1_dot_training__pb2.PauseTrainingResponse.FromString,
+                _registered_method=True)
         self.ResumeTraining = channel.unary_unary(
                 '/atelier.v1.TrainingService/ResumeTraining',
                 request_serializer=atelier_dot_v1_dot_training__pb2.ResumeTrainingRequest.SerializeToString,
@@ -128,9 +133,18 @@ class TrainingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PauseTraining(self, request, context):
+        """Stops a training at its next step for as long as its user likes: what it has learned so far is published
+        as a checkpoint, its place on the device is free, and its streams stay open. Idempotent. It goes on with
+        ResumeTraining. NOT_FOUND: no such training. FAILED_PRECONDITION: it has ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ResumeTraining(self, request, context):
-        """Queues a cancelled or failed training again; it goes on from its last checkpoint.
-        NOT_FOUND: no such training. FAILED_PRECONDITION: it is not cancelled or failed, or its pictures
+        """Queues a paused, cancelled or failed training again; it goes on from its last checkpoint.
+        NOT_FOUND: no such training. FAILED_PRECONDITION: it is not paused, cancelled or failed, or its pictures
         have been deleted.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -172,6 +186,11 @@ def add_TrainingServiceServicer_to_server(servicer, server):
                     servicer.CancelTraining,
                     request_deserializer=atelier_dot_v1_dot_training__pb2.CancelTrainingRequest.FromString,
                     response_serializer=atelier_dot_v1_dot_training__pb2.CancelTrainingResponse.SerializeToString,
+            ),
+            'PauseTraining': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseTraining,
+                    request_deserializer=atelier_dot_v1_dot_training__pb2.PauseTrainingRequest.FromString,
+                    response_serializer=atelier_dot_v1_dot_training__pb2.PauseTrainingResponse.SerializeToString,
             ),
             'ResumeTraining': grpc.unary_unary_rpc_method_handler(
                     servicer.ResumeTraining,
@@ -321,6 +340,33 @@ class TrainingService:
             '/atelier.v1.TrainingService/CancelTraining',
             atelier_dot_v1_dot_training__pb2.CancelTrainingRequest.SerializeToString,
             atelier_dot_v1_dot_training__pb2.CancelTrainingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseTraining(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atelier.v1.TrainingService/PauseTraining',
+            atelier_dot_v1_dot_training__pb2.PauseTrainingRequest.SerializeToString,
+            atelier_dot_v1_dot_training__pb2.PauseTrainingResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -63,9 +63,14 @@ class TrainingServiceStub:
     """Stops a training at its next step and publishes what it has learned so far as a checkpoint.
     Idempotent. NOT_FOUND: no such training. FAILED_PRECONDITION: it has ended otherwise.
     """
+    PauseTraining: _grpc.UnaryUnaryMultiCallable[_training_pb2.PauseTrainingRequest, _training_pb2.PauseTrainingResponse]
+    """Stops a training at its next step for as long as its user likes: what it has learned so far is published
+    as a checkpoint, its place on the device is free, and its streams stay open. Idempotent. It goes on with
+    ResumeTraining. NOT_FOUND: no such training. FAILED_PRECONDITION: it has ended.
+    """
     ResumeTraining: _grpc.UnaryUnaryMultiCallable[_training_pb2.ResumeTrainingRequest, _training_pb2.ResumeTrainingResponse]
-    """Queues a cancelled or failed training again; it goes on from its last checkpoint.
-    NOT_FOUND: no such training. FAILED_PRECONDITION: it is not cancelled or failed, or its pictures
+    """Queues a paused, cancelled or failed training again; it goes on from its last checkpoint.
+    NOT_FOUND: no such training. FAILED_PRECONDITION: it is not paused, cancelled or failed, or its pictures
     have been deleted.
     """
     DeleteTraining: _grpc.UnaryUnaryMultiCallable[_training_pb2.DeleteTrainingRequest, _training_pb2.DeleteTrainingResponse]
@@ -108,9 +113,14 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     """Stops a training at its next step and publishes what it has learned so far as a checkpoint.
     Idempotent. NOT_FOUND: no such training. FAILED_PRECONDITION: it has ended otherwise.
     """
+    PauseTraining: _aio.UnaryUnaryMultiCallable[_training_pb2.PauseTrainingRequest, _training_pb2.PauseTrainingResponse]  # type: ignore[assignment]
+    """Stops a training at its next step for as long as its user likes: what it has learned so far is published
+    as a checkpoint, its place on the device is free, and its streams stay open. Idempotent. It goes on with
+    ResumeTraining. NOT_FOUND: no such training. FAILED_PRECONDITION: it has ended.
+    """
     ResumeTraining: _aio.UnaryUnaryMultiCallable[_training_pb2.ResumeTrainingRequest, _training_pb2.ResumeTrainingResponse]  # type: ignore[assignment]
-    """Queues a cancelled or failed training again; it goes on from its last checkpoint.
-    NOT_FOUND: no such training. FAILED_PRECONDITION: it is not cancelled or failed, or its pictures
+    """Queues a paused, cancelled or failed training again; it goes on from its last checkpoint.
+    NOT_FOUND: no such training. FAILED_PRECONDITION: it is not paused, cancelled or failed, or its pictures
     have been deleted.
     """
     DeleteTraining: _aio.UnaryUnaryMultiCallable[_training_pb2.DeleteTrainingRequest, _training_pb2.DeleteTrainingResponse]  # type: ignore[assignment]
@@ -182,13 +192,24 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def PauseTraining(
+        self,
+        request: _training_pb2.PauseTrainingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_pb2.PauseTrainingResponse, _abc.Awaitable[_training_pb2.PauseTrainingResponse]]:
+        """Stops a training at its next step for as long as its user likes: what it has learned so far is published
+        as a checkpoint, its place on the device is free, and its streams stay open. Idempotent. It goes on with
+        ResumeTraining. NOT_FOUND: no such training. FAILED_PRECONDITION: it has ended.
+        """
+
+    @_abc_1.abstractmethod
     def ResumeTraining(
         self,
         request: _training_pb2.ResumeTrainingRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_training_pb2.ResumeTrainingResponse, _abc.Awaitable[_training_pb2.ResumeTrainingResponse]]:
-        """Queues a cancelled or failed training again; it goes on from its last checkpoint.
-        NOT_FOUND: no such training. FAILED_PRECONDITION: it is not cancelled or failed, or its pictures
+        """Queues a paused, cancelled or failed training again; it goes on from its last checkpoint.
+        NOT_FOUND: no such training. FAILED_PRECONDITION: it is not paused, cancelled or failed, or its pictures
         have been deleted.
         """
 

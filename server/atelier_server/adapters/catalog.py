@@ -185,6 +185,8 @@ class Catalog:
                 loss=manifest["loss"],
                 rank=int(manifest["rank"]),
                 lora_alpha=float(manifest["lora_alpha"]),
+                validation_loss=manifest.get("validation_loss"),
+                kept_share=manifest.get("kept_share"),
                 files=files,
                 tags=own,
                 damaged=not damaged.isdisjoint(file.sha256 for file in files.values()),

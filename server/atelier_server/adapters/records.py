@@ -38,7 +38,8 @@ class CheckpointRecord:
     """One published checkpoint. `path` is its safetensors file on this machine; size and digest are that
     file's.
 
-    `loss` is the mean training loss since the checkpoint before, None for an import; times are in
+    `loss` is the mean training loss since the checkpoint before, None for an import; `validation_loss` that
+    on pictures which are not learned; `kept_share` what an extraction kept of the change. Times are in
     seconds since the epoch. `damaged`: its file is in quarantine, or its manifest cannot be read.
     """
 
@@ -50,6 +51,8 @@ class CheckpointRecord:
     loss: float | None
     rank: int
     lora_alpha: float
+    validation_loss: float | None = None
+    kept_share: float | None = None
     files: Mapping[str, StoredFile] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
     damaged: bool = False

@@ -153,6 +153,8 @@ class AdapterStore(Shelf):
         loss: float | None,
         rank: int,
         lora_alpha: float,
+        validation_loss: float | None = None,
+        kept_share: float | None = None,
     ) -> CheckpointRecord:
         """Publishes what `write` puts into the folder it is given: adapter.safetensors and anything else.
 
@@ -167,6 +169,8 @@ class AdapterStore(Shelf):
             raise version_gone(checkpoint)
         with self._written(write) as files:
             manifest = _manifest(files, loss=loss, rank=rank, lora_alpha=lora_alpha)
+            facts = {"validation_loss": validation_loss, "kept_share": kept_share}
+            manifest |= {name: value for name, value in facts.items() if value is not None}
             if self.read_version(checkpoint.name, checkpoint.version) is None:
                 raise version_gone(checkpoint)
             folder = f"{catalog.folder(checkpoint.name)}/v{checkpoint.version}"

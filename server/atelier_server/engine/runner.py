@@ -30,6 +30,8 @@ class Published:
     use: AdapterUse
     size_bytes: int
     loss: float
+    validation_loss: float | None = None
+    kept_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,6 +159,8 @@ class Trainings:
                 published.use.sha256,
                 published.size_bytes,
                 published.loss,
+                published.validation_loss,
+                published.kept_share,
             )
         )
         return published

@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from atelier_server.core import Recipe, State
+from atelier_server.core import Priority, Recipe, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,8 @@ class Checkpointed:
     sha256: str
     size_bytes: int
     loss: float
+    validation_loss: float | None = None
+    kept_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +174,12 @@ def load_payload(kind: str, text: str) -> Payload:
 def load_recipe(text: str) -> Recipe:
     """A recipe as it was stored; fields that have appeared since get their defaults."""
     content = json.loads(text)
-    content["validation_prompts"] = tuple(content.get("validation_prompts", ()))
     known = {item.name for item in fields(Recipe)}
-    return Recipe(**{key: value for key, value in content.items() if key in known})
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in content.items()
+    }
+    values["priority"] = Priority(values.get("priority", Priority.NORMAL))
+    return Recipe(**{key: value for key, value in values.items() if key in known})
 
 
 def load_pictures(text: str) -> tuple[Picture, ...]:

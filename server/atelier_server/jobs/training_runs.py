@@ -161,7 +161,17 @@ class TrainingRuns:
                 loss = None if math.isnan(event.loss) else event.loss
                 await self._log.append(run.id, payload, step=event.step, loss=loss)
             case CheckpointPublished():
-                await self._checkpoint(run, event.checkpoint.step, event.sha256, event.size_bytes, event.loss)
+                adapter = f"{run.adapter}@{event.checkpoint.step}"
+                checkpoint = Checkpointed(
+                    event.checkpoint.step,
+                    adapter,
+                    event.sha256,
+                    event.size_bytes,
+                    event.loss,
+                    event.validation_loss,
+                    event.kept_share,
+                )
+                await self._checkpoint(run, checkpoint)
             case SampleReady():
                 file = await self._log.keep_sample(
                     run.id, event.step, event.index, event.mime_type, event.data
@@ -169,8 +179,8 @@ class TrainingRuns:
                 sample = Sampled(event.step, event.index, event.prompt, event.seed, event.mime_type, file)
                 await self._log.append(run.id, sample)
                 if event.index == 0:
-                    checkpoint = CheckpointId(run.adapter, run.version, event.step)
-                    await asyncio.to_thread(thumbnails.keep, self._store, checkpoint, event.data)
+                    painted = CheckpointId(run.adapter, run.version, event.step)
+                    await asyncio.to_thread(thumbnails.keep, self._store, painted, event.data)
             case TrainingWarning():
                 await self._log.append(run.id, Warned(event.reason, event.message))
             case TrainingCompleted():
@@ -187,12 +197,11 @@ class TrainingRuns:
         await self._book.do(self._book.update, run.id, state=State.RUNNING)
         await self._count()
 
-    async def _checkpoint(self, run: Run, step: int, sha256: str, size_bytes: int, loss: float) -> None:
-        if step in run.checkpoints:
+    async def _checkpoint(self, run: Run, payload: Checkpointed) -> None:
+        if payload.step in run.checkpoints:
             return
-        payload = Checkpointed(step, f"{run.adapter}@{step}", sha256, size_bytes, loss)
-        await self._log.append(run.id, payload, step=step)
-        run.checkpoints.add(step)
+        await self._log.append(run.id, payload, step=payload.step)
+        run.checkpoints.add(payload.step)
         self._metrics.checkpoint_stored()
 
     async def _end(
@@ -268,7 +277,9 @@ class TrainingRuns:
         run.checkpoints = {e.payload.step for e in logged if isinstance(e.payload, Checkpointed)}
         for kept in await asyncio.to_thread(_checkpoints_of, self._store, run.adapter, run.version):
             loss = math.nan if kept.loss is None else kept.loss
-            await self._checkpoint(run, kept.id.step, kept.sha256, kept.size_bytes, loss)
+            adapter, facts = f"{run.adapter}@{kept.id.step}", (kept.validation_loss, kept.kept_share)
+            payload = Checkpointed(kept.id.step, adapter, kept.sha256, kept.size_bytes, loss, *facts)
+            await self._checkpoint(run, payload)
 
     async def _interrupted(self, blameless: bool) -> None:
         """The worker has gone. Blamed are the trainings that ran, or the one that was being prepared."""

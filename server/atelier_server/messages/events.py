@@ -118,6 +118,8 @@ class CheckpointPublished:
     sha256: str
     size_bytes: int
     loss: float
+    validation_loss: float | None = None
+    kept_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

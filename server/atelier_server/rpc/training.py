@@ -7,6 +7,8 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
+import grpc
+
 from atelier.v1 import training_pb2 as pb
 from atelier.v1 import training_pb2_grpc
 from atelier_server.config import Limits
@@ -84,6 +86,13 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
     ) -> pb.CancelTrainingResponse:
         record = await self._trainings.cancel(decode_training(request.training))
         return pb.CancelTrainingResponse(training=encode_training(record))
+
+    async def PauseTraining(
+        self, request: pb.PauseTrainingRequest, context: Context
+    ) -> pb.PauseTrainingResponse:
+        # No server can yet: as one that does not know the method answers.
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this server cannot pause trainings yet")
+        raise AssertionError("unreachable")
 
     async def ResumeTraining(
         self, request: pb.ResumeTrainingRequest, context: Context

@@ -16,6 +16,7 @@ from atelier_server.diffusion.schedulers import all_options, default_scheduler
 from atelier_server.engine.runner import Memory
 from atelier_server.errors import OutOfMemory
 from atelier_server.guides import ControlNetInfo
+from atelier_server.training.abilities import abilities
 
 # How libraries below torch say that they got no memory.
 _NO_MEMORY = (
@@ -50,6 +51,7 @@ def describe(base: BaseModel, prediction_type: str, controlnets: tuple[ControlNe
         controlnets=controlnets,
         max_clip_skip=base.max_clip_skip,
         scheduler_options=tuple(all_options()),
+        training=abilities(base.device, inpainting=base.inpainting),
     )
 
 

@@ -352,4 +352,5 @@ class TrainerRun:
 
 def _published(record: CheckpointRecord) -> Published:
     use = AdapterUse(record.id, 1.0, record.path, record.sha256)
-    return Published(use, record.size_bytes, record.loss if record.loss is not None else 0.0)
+    loss = record.loss if record.loss is not None else 0.0
+    return Published(use, record.size_bytes, loss, record.validation_loss, record.kept_share)

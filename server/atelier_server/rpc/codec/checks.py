@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from atelier_server.adapters.reference import parse_reference
 from atelier_server.core import ADAPTER_NAME, AdapterRef
@@ -14,6 +15,8 @@ from atelier_server.errors import InvalidRequest, Violation
 from atelier_server.rpc import caller
 
 _SHOWN = 80
+_LONGEST_WORD = 64
+Word = TypeVar("Word", str, int)
 
 
 class Checks:
@@ -50,14 +53,40 @@ class Checks:
             self.refuse(field, f"{value} is not a finite number {bound} {low:g}{upper}")
         return value
 
+    def between(self, field: str, value: float) -> float:
+        """In (0, 1)."""
+        if not 0.0 < value < 1.0:
+            self.refuse(field, f"{value} is not above 0 and below 1")
+        return value
+
+    def half_open(self, field: str, value: float) -> float:
+        """In [0, 1)."""
+        if not 0.0 <= value < 1.0:
+            self.refuse(field, f"{value} is not at least 0 and below 1")
+        return value
+
+    def count(self, field: str, values: Collection[str], most: int, what: str) -> None:
+        if len(values) > most:
+            self.refuse(field, f"{len(values)} {what} are more than {most}")
+
+    def distinct(self, field: str, values: Sequence[str]) -> None:
+        if twice := next((value for i, value in enumerate(values) if value in values[:i]), None):
+            self.refuse(field, f"{shown(twice)} comes more than once")
+
+    def word(self, field: str, value: str) -> str:
+        """What can stand in a prompt as one word."""
+        if not value or len(value) > _LONGEST_WORD or any(c.isspace() or not c.isprintable() for c in value):
+            self.refuse(field, f"{shown(value)} is not one word of 1 to {_LONGEST_WORD} characters")
+        return value
+
     def size(self, field: str, value: int, high: int) -> int:
         if value % 8 or not 8 <= value <= high:
             self.refuse(field, f"{value} is not a multiple of 8 between 8 and {high}")
         return value
 
-    def choice(self, field: str, value: str, allowed: Collection[str]) -> str:
+    def choice(self, field: str, value: Word, allowed: Collection[Word]) -> Word:
         if value not in allowed:
-            self.refuse(field, f"{shown(value)} is none of {', '.join(allowed)}")
+            self.refuse(field, f"{shown(value)} is none of {', '.join(map(str, allowed))}")
         return value
 
     def text(self, field: str, value: str, longest: int, *, empty: bool = True) -> str:
@@ -97,6 +126,8 @@ class Checks:
         return replace(ref, name=self._scope.enter(ref.name))
 
 
-def shown(value: str) -> str:
+def shown(value: str | int) -> str:
     """A value in a message, short whatever the user sent."""
+    if not isinstance(value, str):
+        return str(value)
     return repr(value if len(value) <= _SHOWN else value[: _SHOWN - 3] + "...")

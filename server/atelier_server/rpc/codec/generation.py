@@ -27,6 +27,7 @@ from atelier_server.core import (
 from atelier_server.rpc.codec.checks import Checks
 from atelier_server.rpc.codec.controlnet import decode_controlnets
 from atelier_server.rpc.codec.init_image import decode_init
+from atelier_server.rpc.codec.priority import PRIORITIES, check_priority
 from atelier_server.rpc.codec.selection import decode_adapters
 from atelier_server.rpc.pictures import Verdict
 
@@ -44,14 +45,6 @@ _FORMATS = {
     pb.IMAGE_FORMAT_PNG: ImageFormat.PNG,
     pb.IMAGE_FORMAT_JPEG: ImageFormat.JPEG,
     pb.IMAGE_FORMAT_WEBP: ImageFormat.WEBP,
-}
-
-
-_PRIORITIES = {
-    pb.PRIORITY_UNSPECIFIED: Priority.NORMAL,
-    pb.PRIORITY_LOW: Priority.LOW,
-    pb.PRIORITY_NORMAL: Priority.NORMAL,
-    pb.PRIORITY_HIGH: Priority.HIGH,
 }
 
 
@@ -83,8 +76,7 @@ def decode_generate(
     mode, bucket = _reproducibility(checks, request)
     if request.image_format not in _FORMATS:
         checks.refuse("image_format", f"{request.image_format} is no ImageFormat")
-    if request.priority not in _PRIORITIES:
-        checks.refuse("priority", f"{request.priority} is no Priority")
+    check_priority(checks, "priority", request.priority)
     seed = request.seed if request.HasField("seed") else secrets.randbelow(2**32)
     if seed + max(num_images, 1) - 1 >= 2**64:
         checks.refuse("seed", f"{seed} + num_images - 1 does not fit into 64 bits")
@@ -119,7 +111,7 @@ def decode_generate(
         bucket=bucket,
         buckets=tuple(request.batch_buckets),
         image_format=_FORMATS.get(request.image_format, ImageFormat.PNG),
-        priority=_PRIORITIES.get(request.priority, Priority.NORMAL),
+        priority=PRIORITIES.get(request.priority, Priority.NORMAL),
     )
     refs = decode_adapters(checks, request, limits, job.steps)
     checks.done()

@@ -6,10 +6,13 @@ Everything here is frozen, cheap to pickle, and free of torch, protobuf and gRPC
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields, replace
-from enum import IntEnum, StrEnum
+from dataclasses import dataclass, field, fields, replace
 
+from atelier_server.core.choices import ImageFormat, Mode, Priority, State
+from atelier_server.core.recipe import METHODS, Recipe, TrainingAbilities
 from atelier_server.guides import ControlNetInfo, ControlUse
+
+__all__ = ["METHODS", "ImageFormat", "Mode", "Priority", "Recipe", "State", "TrainingAbilities"]
 
 ADAPTER_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 # TENANT/NAME, or NAME alone for the default tenant's: what the store calls an adapter.
@@ -34,48 +37,6 @@ SCHEDULERS = (
     "lcm",
     "tcd",
 )
-
-
-class State(StrEnum):
-    """The life of a training."""
-
-    QUEUED = "queued"
-    RUNNING = "running"
-    PAUSED = "paused"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-    @property
-    def ended(self) -> bool:
-        return self in (State.SUCCEEDED, State.FAILED, State.CANCELLED)
-
-
-class Mode(StrEnum):
-    """The reproducibility promise of a generation."""
-
-    FAST = "fast"
-    STRICT = "strict"
-
-
-class Priority(IntEnum):
-    """How much of the device a generation gets beside others: each step up counts four times as much."""
-
-    LOW = 1
-    NORMAL = 2
-    HIGH = 3
-
-
-class ImageFormat(StrEnum):
-    """The file format of a finished picture."""
-
-    PNG = "png"
-    JPEG = "jpeg"
-    WEBP = "webp"
-
-    @property
-    def mime_type(self) -> str:
-        return f"image/{self.value}"
 
 
 # ---------------------------------------------------------------------------------------------- adapters
@@ -147,7 +108,7 @@ class SchedulerOptions:
     @property
     def given(self) -> dict[str, bool | str | float]:
         """Those that are set."""
-        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        values = ((one.name, getattr(self, one.name)) for one in fields(self))
         return {name: value for name, value in values if value is not None}
 
 
@@ -236,36 +197,6 @@ class TrainingImage:
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
-    """How to train: `TrainingRecipe` of the contract with every default filled in."""
-
-    instance_prompt: str
-    resolution: int
-    method: str = "lora"
-    max_train_steps: int = 500
-    learning_rate: float = 1e-4
-    lr_scheduler: str = "constant"
-    lr_warmup_steps: int = 0
-    train_batch_size: int = 4
-    rank: int = 8
-    lora_alpha: float = 8.0
-    random_crop: bool = False
-    random_flip: bool = False
-    seed: int = 0
-    checkpointing_steps: int = 100
-    validation_prompts: tuple[str, ...] = ()
-    validation_steps: int = 30
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_weight_decay: float = 0.01
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0
-    gradient_checkpointing: bool = False
-    snr_gamma: float | None = None
-    caption_dropout: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
 class TrainingJob:
     """A training to begin or to go on with.
 
@@ -312,7 +243,7 @@ class Costs:
 @dataclass(frozen=True, slots=True)
 class BaseInfo:
     """The resident base model. `scheduler_options`: of each scheduler, which `SchedulerOptions` it has;
-    `inpainting`: its U-Net wants a picture and a mask besides.
+    `inpainting`: its U-Net wants a picture and a mask besides; `training`: how it can be taught.
     """
 
     reference: str
@@ -333,3 +264,4 @@ class BaseInfo:
     controlnets: tuple[ControlNetInfo, ...] = ()
     max_clip_skip: int = 0
     scheduler_options: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    training: TrainingAbilities = field(default_factory=TrainingAbilities)

@@ -1,0 +1,66 @@
+"""What the trainer can do: the front refuses the rest by name, before a picture is read."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from atelier_server.core import TrainingAbilities
+
+# The methods of this trainer.
+METHODS = ("lora",)
+# Fields of a recipe that it does not heed yet.
+UNHEEDED = (
+    "class_prompt",
+    "with_prior_preservation",
+    "output_preservation_weight",
+    "train_text_encoder",
+    "target_modules",
+    "use_dora",
+    "use_rslora",
+    "init_lora_weights",
+    "gradient_accumulation_steps",
+    "noise_offset",
+    "use_ema",
+    "lr_num_cycles",
+    "lr_power",
+    "mixed_precision",
+    "repeats",
+    "aspect_ratio_buckets",
+    "masked_loss",
+    "cache_latents",
+    "cache_text_embeddings",
+    "validation_split",
+    "exact",
+    "batch_bucket",
+    "keep_last",
+    "keep_every",
+    "priority",
+)
+_OPTIMIZERS = ("adamw",)
+
+
+def abilities(device: torch.device, *, inpainting: bool) -> TrainingAbilities:
+    """With a base on this device. An inpainting base is not taught at all: its U-Net wants a mask besides."""
+    return TrainingAbilities(
+        methods=() if inpainting else METHODS,
+        optimizers=_optimizers(device),
+        precisions=_precisions(device),
+        unheeded=UNHEEDED,
+    )
+
+
+def _optimizers(device: torch.device) -> tuple[str, ...]:
+    """8-bit AdamW is a CUDA kernel of bitsandbytes."""
+    without = device.type != "cuda" or importlib.util.find_spec("bitsandbytes") is None
+    return tuple(name for name in _OPTIMIZERS if not (name == "adamw8bit" and without))
+
+
+def _precisions(device: torch.device) -> tuple[str, ...]:
+    """A CPU has no fast fp16, and some of its kernels none at all; GPUs before Ampere only imitate bf16."""
+    if device.type != "cuda":
+        return ("no", "bf16")
+    return (
+        ("no", "fp16", "bf16") if torch.cuda.is_bf16_supported(including_emulation=False) else ("no", "fp16")
+    )
