@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from atelier_server.core import METHODS, BaseInfo, Recipe
+from atelier_server.core import METHODS, ROW_BUCKETS, BaseInfo, Recipe
 from atelier_server.core.recipe import OPTIMIZERS, PRECISIONS
 from atelier_server.rpc.codec.checks import Checks, shown
 
@@ -114,7 +114,7 @@ def _check_tokens(checks: Checks, recipe: Recipe) -> None:
 
 
 def _check_rows(checks: Checks, recipe: Recipe) -> None:
-    if 0 < recipe.batch_bucket < recipe.train_batch_size:
+    if recipe.batch_bucket in ROW_BUCKETS and recipe.batch_bucket < recipe.train_batch_size:
         checks.refuse(
             "recipe.batch_bucket",
             f"{recipe.batch_bucket} rows do not hold train_batch_size = {recipe.train_batch_size} pictures",
