@@ -16,6 +16,7 @@ from atelier.errors import from_rpc
 from atelier.events import Completed, GenerationEvent, GenerationResult, TrainingEvent
 from atelier.fields import GenerateFields, RecipeFields
 from atelier.library import AdapterCalls
+from atelier.recipe import RecipeSource
 from atelier.records import (
     ServerInfo,
     Training,
@@ -117,27 +118,29 @@ class Client(AdapterCalls, CraftCalls):
     # ------------------------------------------------------------------------------------------- trainings
     def train(
         self,
-        name: str,
+        name: str | None = None,
         images: Sequence[TrainingImage | str | Path | bytes] | None = None,
         *,
         folder: str | Path | None = None,
-        instance_prompt: str,
+        instance_prompt: str | None = None,
+        recipe: RecipeSource | None = None,
         request_id: str | None = None,
         cancel_on_disconnect: bool = False,
-        **recipe: Unpack[RecipeFields],
+        **fields: Unpack[RecipeFields],
     ) -> Iterator[TrainingEvent]:
         """Starts a training and yields its events; re-attaches by itself when the connection is lost.
 
-        The upload begins with the first `next()`. Leaving the iterator leaves the training running.
+        `recipe` is a TOML file or a mapping of fields, name and instance prompt among them; keywords take the
+        place of what it says. The upload begins with the first `next()`. Leaving the iterator leaves the
+        training running.
         """
         pictures = codec.training_images(images, folder)
         start = codec.train_start(
-            name,
-            instance_prompt,
             len(pictures),
+            source=recipe,
             request_id=request_id,
             cancel_on_disconnect=cancel_on_disconnect,
-            values=recipe,
+            values={"name": name, "instance_prompt": instance_prompt, **fields},
         )
         return self._attach(
             streams.TrainingStream(start=start, images=pictures, reconnect_timeout=self._reconnect_timeout)

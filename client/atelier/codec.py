@@ -14,9 +14,10 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from atelier import fields, transfer, wire
+from atelier import fields, recipe, transfer, wire
 from atelier.control import Control
 from atelier.events import Completed, GenerationEvent, GenerationResult, Image, TrainingEvent
+from atelier.recipe import RecipeSource
 from atelier.records import TrainingImage
 from atelier.selection import Adapters, Selection, steps_of
 from atelier.v1 import adapter_pb2, generation_pb2, training_pb2
@@ -46,20 +47,27 @@ def generate_request(
 
 
 def train_start(
-    name: str,
-    instance_prompt: str,
     num_images: int,
     *,
+    source: RecipeSource | None,
     request_id: str | None,
     cancel_on_disconnect: bool,
     values: Mapping[str, object],
 ) -> training_pb2.TrainRequest.Start:
-    """The first message of a Train stream; `num_images` pictures have to follow it."""
-    fields.check("train", values, fields.RecipeFields.__annotations__)
-    recipe = training_pb2.TrainingRecipe(num_images=num_images)
-    fill(recipe, {**values, "name": name, "instance_prompt": instance_prompt})
+    """The first message of a Train stream; `num_images` pictures have to follow it.
+
+    `values` that are not None take the place of what the recipe `source` says. TypeError, RecipeError.
+    """
+    fields.check("train", values, recipe.KINDS)
+    given = {name: value for name, value in values.items() if value is not None}
+    message = training_pb2.TrainingRecipe(num_images=num_images)
+    merged = {**recipe.load(source), **given}
+    for name in ("name", "instance_prompt"):
+        if name not in merged:
+            raise TypeError(f"train() needs {name}, as a keyword or in its recipe")
+    fill(message, merged)
     return training_pb2.TrainRequest.Start(
-        request_id=request_id or str(uuid.uuid4()), recipe=recipe, cancel_on_disconnect=cancel_on_disconnect
+        request_id=request_id or str(uuid.uuid4()), recipe=message, cancel_on_disconnect=cancel_on_disconnect
     )
 
 

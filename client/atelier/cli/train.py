@@ -21,6 +21,7 @@ from atelier.events import (
     TrainingWarning,
 )
 from atelier.fields import RecipeFields
+from atelier.recipe import RecipeError, dump, load
 
 SamplesFolder = Annotated[
     Path | None, typer.Option("--samples", metavar="DIR", help="write the sample pictures there")
@@ -29,10 +30,21 @@ SamplesFolder = Annotated[
 
 @flags.with_fields(RecipeFields, "Recipe")
 def train(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="pictures; STEM.txt is a picture's caption")],
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="pictures; STEM.txt is a picture's caption")
+    ] = None,
     *,
-    name: Annotated[str, typer.Option(help="of the adapter")],
-    instance_prompt: Annotated[str, typer.Option(help='calls the subject up, e.g. "a sks plush octopus"')],
+    name: Annotated[str | None, typer.Option(help="of the adapter")] = None,
+    instance_prompt: Annotated[
+        str | None, typer.Option(help='calls the subject up, e.g. "a sks plush octopus"')
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", metavar="FILE", help="TOML with any of these flags as keys; flags go first"),
+    ] = None,
+    print_recipe: Annotated[
+        bool, typer.Option("--print-recipe", help="show file and flags as one such file, and end")
+    ] = False,
     detach: Annotated[bool, typer.Option("--detach", help="leave once the training is accepted")] = False,
     cancel_on_disconnect: Annotated[
         bool, typer.Option("--cancel-on-disconnect", help="stop the training when this command stops")
@@ -43,16 +55,31 @@ def train(
     fields: dict[str, Any],
 ) -> None:
     """Teach the server a subject. Ctrl-C detaches; the training goes on."""
+    flags_given = {"name": name, "instance_prompt": instance_prompt, **fields}
+    values = _loaded(recipe) | {key: value for key, value in flags_given.items() if value is not None}
+    if print_recipe:
+        output.out(dump(values).removesuffix("\n"))
+        return
+    if folder is None:
+        raise typer.BadParameter("which pictures are to be learned?", param_hint="DIR")
+    for key in ("name", "instance_prompt"):
+        if key not in values:
+            hint = f"--{key.replace('_', '-')}"
+            raise typer.BadParameter("missing here and in the recipe", param_hint=hint)
     with connect(server) as client:
         client.server_info()  # a wrong address is told at once, not after the time for reconnecting
-        events = client.train(
-            name,
-            folder=folder,
-            instance_prompt=instance_prompt,
-            cancel_on_disconnect=cancel_on_disconnect,
-            **fields,
-        )
+        events = client.train(folder=folder, recipe=values, cancel_on_disconnect=cancel_on_disconnect)
         follow(events, json=json, samples=samples, detach=detach)
+
+
+def _loaded(path: Path | None) -> dict[str, Any]:
+    """The recipe of a file; exit code 2 with a line for each thing that is wrong."""
+    try:
+        return load(path)
+    except RecipeError as error:
+        for problem in error.problems:
+            output.say(f"error: {problem}")
+        raise typer.Exit(2) from None
 
 
 def follow(

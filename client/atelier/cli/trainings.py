@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from atelier import recipe
 from atelier.cli import app, flags, output
 from atelier.cli.connection import connect
 from atelier.cli.train import SamplesFolder, follow
@@ -35,10 +36,22 @@ def list_(*, server: flags.Server = flags.DEFAULT_SERVER, json: flags.Json = Fal
 
 
 @trainings.command()
-def show(training: Id, *, server: flags.Server = flags.DEFAULT_SERVER, json: flags.Json = False) -> None:
+def show(
+    training: Id,
+    *,
+    toml: Annotated[
+        bool, typer.Option("--toml", help="its recipe alone, for `atelier train --recipe`")
+    ] = False,
+    server: flags.Server = flags.DEFAULT_SERVER,
+    json: flags.Json = False,
+) -> None:
     """Describe a training."""
     with connect(server) as client:
-        _show(client.get_training(training), json)
+        found = client.get_training(training)
+    if toml:
+        output.out(recipe.dump(found.recipe).removesuffix("\n"))
+    else:
+        _show(found, json)
 
 
 @trainings.command()

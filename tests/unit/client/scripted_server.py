@@ -200,6 +200,9 @@ class Trainings(TrainingServiceServicer):
     def CancelTraining(self, request: Any, context: Any) -> training_pb2.CancelTrainingResponse:
         return training_pb2.CancelTrainingResponse(training=training_pb2.Training(id="otto-k3f9", state=6))
 
+    def PauseTraining(self, request: Any, context: Any) -> training_pb2.PauseTrainingResponse:
+        return training_pb2.PauseTrainingResponse(training=training_pb2.Training(id="otto-k3f9", state=3))
+
     def ResumeTraining(self, request: Any, context: Any) -> training_pb2.ResumeTrainingResponse:
         return training_pb2.ResumeTrainingResponse(training=training_pb2.Training(id="otto-k3f9", state=1))
 

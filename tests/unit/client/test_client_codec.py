@@ -32,9 +32,7 @@ def test_unknown_keywords_are_named_with_their_nearest() -> None:
     with pytest.raises(TypeError, match=r"generate\(\).*'steps_inference'|did you mean"):
         codec.generate_request("x", (), None, {"inference_steps": 3})
     with pytest.raises(TypeError, match="did you mean 'learning_rate'"):
-        codec.train_start(
-            "n", "p", 1, request_id=None, cancel_on_disconnect=False, values={"learningrate": 1}
-        )
+        train_start(learningrate=1)
     with pytest.raises(TypeError, match="known: negative_prompt"):
         codec.generate_request("x", (), None, {"qqqqqq": 3})
 
@@ -81,11 +79,12 @@ def test_enums_are_words() -> None:
 
 
 def test_one_validation_prompt_may_be_a_plain_string() -> None:
-    start = codec.train_start(
-        "n", "p", 1, request_id=None, cancel_on_disconnect=True, values={"validation_prompts": "a cat"}
-    )
-    assert list(start.recipe.validation_prompts) == ["a cat"]
-    assert start.cancel_on_disconnect
+    assert list(train_start(validation_prompts="a cat").recipe.validation_prompts) == ["a cat"]
+
+
+def train_start(**values: object) -> training_pb2.TrainRequest.Start:
+    named = {"name": "n", "instance_prompt": "p", **values}
+    return codec.train_start(1, source=None, request_id=None, cancel_on_disconnect=True, values=named)
 
 
 # ----------------------------------------------------------------------------------------------- records
