@@ -20,7 +20,7 @@ from atelier_server.adapters.bank import SlotBank
 from atelier_server.adapters.layers import BankLayer
 from atelier_server.adapters.slots import GroupKey, SlotGroup, group_key
 from atelier_server.config import Settings
-from atelier_server.training.trainer import TARGETS
+from atelier_server.training.methods.lora import TARGETS
 
 RANKS = (16, 64, 128)
 TRAINED_RANK = 16

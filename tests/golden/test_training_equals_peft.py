@@ -21,7 +21,7 @@ from atelier_server.core import Recipe, TrainingImage, TrainingJob
 from atelier_server.diffusion.base import load_base
 from atelier_server.diffusion.conditioning import Conditioning, Framing
 from atelier_server.diffusion.denoiser import Denoiser
-from atelier_server.training.trainer import LoraTrainer
+from atelier_server.training.trainer import Trainer
 from tests.bases import FAMILIES, peer, save_base
 from tests.unit.adapters.tiny import EVERYTHING, adapter_for
 
@@ -144,7 +144,7 @@ def test_the_loss_curve_is_pefts(
     )
     pictures = tuple(TrainingImage(str(path), "") for path in images)
     job = TrainingJob(id="t", name="otto", version=1, recipe=RECIPE, images=pictures)
-    trainer = LoraTrainer(job, base=base, denoiser=denoiser, bank=bank, store=store)
+    trainer = Trainer(job, base=base, denoiser=denoiser, bank=bank, store=store)
     pieces = trainer.prepare()
     rows = bank.gather([[(1, 1.0)], [], [(1, 0.5), (2, -1.0)], [(2, 1.0)]])
     shape = (4, *base.latent_shape(64, 64))
@@ -183,7 +183,7 @@ def test_the_first_weights_are_pefts(tmp_path: Path) -> None:
     bank.wrap(base.unet, "unet")
     job = TrainingJob(id="t", name="otto", version=1, recipe=RECIPE, images=())
     denoiser = Denoiser(base.unet, base.scheduler_config)
-    trainer = LoraTrainer(job, base=base, denoiser=denoiser, bank=bank, store=AdapterStore(tmp_path))
+    trainer = Trainer(job, base=base, denoiser=denoiser, bank=bank, store=AdapterStore(tmp_path))
     for _ in trainer.prepare():
         pass
     unet = StableDiffusionPipeline.from_pretrained(pocket.path(), safety_checker=None).unet

@@ -67,6 +67,7 @@ ENTRY = {
     "workers.process",
     "workers.runner",
     "workers.texts",
+    "workers.trainings",
 }
 ENTRY_MAY = {
     *NOUNS,

@@ -40,12 +40,11 @@ from atelier_server.adapters.layers import (
     BankLayer,
     Current,
     Delta,
-    LeafSet,
     NormDelta,
     RowDelta,
     single_row,
-    stacked,
 )
+from atelier_server.adapters.leaves import LeafSet, shared
 from atelier_server.adapters.slots import GroupKey, SlotGroup, component_of, group_key
 from atelier_server.adapters.words import (
     Words,
@@ -256,20 +255,24 @@ class SlotBank:
             current.words = before[2]
 
     @contextmanager
-    def train(self, leaves: LeafSet | Sequence[LeafSet]) -> Iterator[None]:
-        """Forwards inside have trainable weights: one set for all rows, or one a row.
+    def train(self, leaves: LeafSet | Sequence[LeafSet | None], words: Words | None = None) -> Iterator[None]:
+        """Forwards inside have trainable weights: one set for all rows, or one a row (None: the base alone).
 
-        The backward belongs inside too: with gradient checkpointing it runs the forward again, and with
-        other rows active it would be silently wrong. Activating anything inside raises RuntimeError.
+        Texts have these words. The backward belongs inside too: with gradient checkpointing it runs the
+        forward again, and with other rows active it would be silently wrong. Only what runs without (text
+        encoders do) may be followed by its backward later. Activating anything inside raises RuntimeError.
         """
-        if self._training or self._current.deltas or self._current.norms:
+        current = self._current
+        if self._training or current.deltas or current.norms or current.words:
             raise RuntimeError("a training cannot begin while other rows are active")
         self._training = True
-        self._current.activate(leaves.leaves if isinstance(leaves, LeafSet) else stacked(leaves), {})
+        current.activate(leaves.leaves if isinstance(leaves, LeafSet) else shared(leaves), {})
+        current.words = words.vectors if words is not None else {}
         try:
             yield
         finally:
-            self._current.activate({}, {})
+            current.activate({}, {})
+            current.words = {}
             self._training = False
 
     # ---------------------------------------------------------------------------------------- internals

@@ -11,9 +11,8 @@ a wrapped model are those of the unwrapped one; nothing of the bank is a paramet
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import chain
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -103,85 +102,15 @@ class RowDelta:
     bt: Tensor
 
     def linear(self, x: Tensor, y: Tensor) -> Tensor:
-        rows = _checked_rows(x, self.bt)
+        rows = checked_rows(x, self.bt.shape[0])
         hidden = torch.bmm(x.reshape(rows, -1, x.shape[-1]), self.a.transpose(1, 2))
         # In place: y is the base layer's fresh output, and reshape copies where it cannot view.
         return y.reshape(rows, -1, y.shape[-1]).baddbmm_(hidden, self.bt).reshape(y.shape)
 
     def conv(self, x: Tensor, y: Tensor, layer: nn.Conv2d) -> Tensor:
-        rows = _checked_rows(x, self.bt)
+        rows = checked_rows(x, self.bt.shape[0])
         hidden = _row_conv(x, self.a, layer, rows)
         return y.reshape(rows, y.shape[1], -1).baddbmm_(self.bt.transpose(1, 2), hidden).reshape(y.shape)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Leaf:
-    """The trainable weights of one layer, float32: A [r,i] or [r,C,kh,kw], B [o,r] or [o,r,1,1]."""
-
-    A: nn.Parameter
-    B: nn.Parameter
-    scale: float
-
-    def linear(self, x: Tensor, y: Tensor) -> Tensor:
-        delta = F.linear(F.linear(x.to(self.A.dtype), self.A), self.B) * self.scale
-        return y + delta.to(y.dtype)
-
-    def conv(self, x: Tensor, y: Tensor, layer: nn.Conv2d) -> Tensor:
-        hidden = F.conv2d(x.to(self.A.dtype), self.A, None, layer.stride, layer.padding, layer.dilation)
-        return y + (F.conv2d(hidden, self.B) * self.scale).to(y.dtype)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class StackedLeaves:
-    """One leaf (or None) a row; smaller ranks are padded, and their padding gets no gradient.
-
-    Stacking instead of indexing a bank: gradients reach the leaves only, without atomics on a GPU.
-    """
-
-    rows: Sequence[Leaf | None]
-
-    def linear(self, x: Tensor, y: Tensor) -> Tensor:
-        a, bt = self._stack()
-        rows = _checked_rows(x, bt)
-        hidden = torch.bmm(x.to(a.dtype).reshape(rows, -1, x.shape[-1]), a.transpose(1, 2))
-        return y + torch.bmm(hidden, bt).reshape(y.shape).to(y.dtype)
-
-    def conv(self, x: Tensor, y: Tensor, layer: nn.Conv2d) -> Tensor:
-        a, bt = self._stack()
-        rows = _checked_rows(x, bt)
-        hidden = _row_conv(x.to(a.dtype), a.flatten(0, 1), layer, rows)
-        return y + torch.bmm(bt.transpose(1, 2), hidden).reshape(y.shape).to(y.dtype)
-
-    def _stack(self) -> tuple[Tensor, Tensor]:
-        """A [b,R,...], B transposed and scaled [b,R,o]."""
-        leaves = [leaf for leaf in self.rows if leaf is not None]
-        rank = max(leaf.A.shape[0] for leaf in leaves)
-        like = leaves[0]
-        empty_a = torch.zeros_like(like.A[:1]).expand(rank, *like.A.shape[1:])
-        empty_b = like.B.new_zeros(rank, like.B.shape[0])
-        a = [empty_a if leaf is None else _pad_ranks(leaf.A, rank) for leaf in self.rows]
-        b = [
-            empty_b if leaf is None else _pad_ranks(leaf.B.flatten(1).t() * leaf.scale, rank)
-            for leaf in self.rows
-        ]
-        return torch.stack(a), torch.stack(b)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LeafSet:
-    """The trainable weights of one adapter, by layer name."""
-
-    leaves: Mapping[str, Leaf]
-
-    def parameters(self) -> list[nn.Parameter]:
-        """A then B of every layer, in the order of the layers."""
-        return list(chain.from_iterable((leaf.A, leaf.B) for leaf in self.leaves.values()))
-
-
-def stacked(sets: Sequence[LeafSet]) -> dict[str, StackedLeaves]:
-    """The deltas of a forward whose rows each have leaves of their own."""
-    names = sorted({name for leaves in sets for name in leaves.leaves})
-    return {name: StackedLeaves([leaves.leaves.get(name) for leaves in sets]) for name in names}
 
 
 class BankLinear(nn.Linear):
@@ -304,14 +233,8 @@ def _row_conv(x: Tensor, a: Tensor, layer: nn.Conv2d, rows: int) -> Tensor:
     return hidden.reshape(rows, a.shape[0] // rows, -1)
 
 
-def _pad_ranks(stacked: Tensor, rank: int) -> Tensor:
-    """[r,...] -> [rank,...], zeros after r."""
-    missing = rank - stacked.shape[0]
-    return F.pad(stacked, (0, 0) * (stacked.dim() - 1) + (0, missing)) if missing else stacked
-
-
-def _checked_rows(x: Tensor, bt: Tensor) -> int:
-    rows = bt.shape[0]
+def checked_rows(x: Tensor, rows: int) -> int:
+    """`rows`, if x has as many."""
     if x.shape[0] != rows:
         raise RuntimeError(f"a forward of {x.shape[0]} rows, but the bank was set for {rows}")
     return rows

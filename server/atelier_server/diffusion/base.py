@@ -80,9 +80,10 @@ class BaseModel:
         embeds = self.encode_prompt(text, words=words)
         return embeds.zeros() if self._zeros_for_no_prompt and not text else embeds
 
-    def encode_caption(self, text: str) -> TextEmbeds:
+    def encode_caption(self, text: str, *, words: Mapping[str, WordIds] = MappingProxyType({})) -> TextEmbeds:
         """A training picture's caption, word for word; what does not fit the encoders is cut off."""
-        return self.family.encode(self.encoders, [encoder.tokenize(text) for encoder in self.encoders], 0)
+        ids = [encoder.tokenize(text, words.get(encoder.name)) for encoder in self.encoders]
+        return self.family.encode(self.encoders, ids, 0)
 
     @property
     def max_clip_skip(self) -> int:

@@ -19,6 +19,10 @@ class TextEmbeds:
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.states,) if self.pooled is None else (self.states, self.pooled)
 
+    def detach(self) -> TextEmbeds:
+        """Out of the graph."""
+        return TextEmbeds(self.states.detach(), None if self.pooled is None else self.pooled.detach())
+
     def zeros(self) -> TextEmbeds:
         """The same shapes, all zero: no text at all."""
         pooled = None if self.pooled is None else torch.zeros_like(self.pooled)
@@ -70,4 +74,19 @@ class Conditioning:
         return cls(
             stacked([row.prompt_embeds for row in rows]),
             {key: stacked([row.added[key] for row in rows]) for key in rows[0].added},
+        )
+
+    @classmethod
+    def concatenated(cls, batches: Sequence[Conditioning], bucket: int) -> Conditioning:
+        """The rows of stacked ones after each other, with rows of zeros after them up to `bucket`."""
+
+        def joined(tensors: Sequence[Tensor]) -> Tensor:
+            padding = bucket - sum(len(tensor) for tensor in tensors)
+            if not padding and len(tensors) == 1:
+                return tensors[0]
+            return torch.cat([*tensors, tensors[0].new_zeros(padding, *tensors[0].shape[1:])])
+
+        return cls(
+            joined([batch.prompt_embeds for batch in batches]),
+            {key: joined([batch.added[key] for batch in batches]) for key in batches[0].added},
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from diffusers.training_utils import compute_snr
 from torch import Tensor
@@ -48,8 +48,8 @@ class Picture:
 class Denoiser:
     """Predicts noise (or velocity) for rows that have nothing in common but the latent's shape."""
 
-    def __init__(self, unet: torch.nn.Module, scheduler_config: Mapping[str, Any]) -> None:
-        self._unet = unet
+    def __init__(self, unet: UNet2DConditionModel, scheduler_config: Mapping[str, Any]) -> None:
+        self.unet = unet
         self._noise_scheduler = DDPMScheduler.from_config(dict(scheduler_config))
         self.num_train_timesteps: int = self._noise_scheduler.config.num_train_timesteps
         self.prediction_type: str = self._noise_scheduler.config.prediction_type
@@ -62,7 +62,7 @@ class Denoiser:
         control: Residuals | None = None,
     ) -> Tensor:
         """The prediction [b, C, h, w] for [b, C, h, w] latents at [b] timesteps."""
-        prediction: Tensor = self._unet(
+        prediction: Tensor = self.unet(
             latents,
             timesteps,
             encoder_hidden_states=conditioning.prompt_embeds,
@@ -106,20 +106,22 @@ class Denoiser:
             picture.trajectory.advance(_guided(prediction[row : row + picture.rows], picture))
             row += picture.rows
 
-    def loss(
+    def noisy(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Latents [b, C, h, w] with the noise of timesteps [b]: what a training step shows the U-Net."""
+        return self._noise_scheduler.add_noise(latents, noise, timesteps)  # type: ignore[no-any-return]
+
+    def error(
         self,
+        prediction: Tensor,
         latents: Tensor,
         noise: Tensor,
         timesteps: Tensor,
-        conditioning: Conditioning,
         snr_gamma: float | None = None,
     ) -> Tensor:
         """Mean squared error of each row against what the base predicts (noise, velocity or sample), [b].
 
         `snr_gamma` turns on Min-SNR weighting (arXiv 2303.09556).
         """
-        noisy = self._noise_scheduler.add_noise(latents, noise, timesteps)
-        prediction = self.predict(noisy.to(conditioning.prompt_embeds.dtype), timesteps, conditioning)
         target = self._target(latents, noise, timesteps)
         error = F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
         if snr_gamma is None:

@@ -53,9 +53,8 @@ class TextEncoder:
         kept = [tokenizer.bos_token_id, *ids[: self.max_tokens - 2], tokenizer.eos_token_id]
         return torch.tensor([kept + [tokenizer.pad_token_id] * (self.max_tokens - len(kept))])
 
-    @torch.no_grad()
     def encode(self, ids: Tensor) -> Encoded:
-        """Of ids [1, tokens]."""
+        """Of ids [1, tokens]. With gradients of what a training learns in it, if one is active."""
         output = self.model(ids.to(self.model.device), output_hidden_states=True)
         projected = output.get("text_embeds")
         return Encoded(

@@ -1,99 +1,107 @@
-"""What a training needs besides its weights to go on to the same bits, as safetensors and JSON (no pickle).
+"""What a training needs to go on to the same bits, as safetensors and JSON (no pickle).
 
-training-state.safetensors     Adam's moments by parameter, the state of the generator
-training-state.json            step, rate schedule, order of the pictures
+training-state.safetensors     every tensor: weights, moments, generators' states
+training-state.json            everything else, and where in it which tensor belongs
+
+The state is a tree of dicts and lists, as torch's state_dicts are; keys are words. Whatever moves in a
+training gives a branch of it and takes it back: `state_dict`, `load_state_dict`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
-from atelier_server.errors import DataLoss
-from atelier_server.training.dataset import Order
+from atelier_server.core import Recipe
+
+Tree = dict[str, Any]
 
 _TENSORS = "training-state.safetensors"
 _REST = "training-state.json"
-_RNG = "generator"
+_FORMAT = 2
+_TENSOR = "$tensor"
+# What may change between two runs of a training without changing what it learns.
+_NOT_LEARNED = frozenset({"priority", "keep_last", "keep_every", "validation_prompts", "validation_steps"})
 
 
-@dataclass(frozen=True, slots=True)
-class _Rest:
-    """The JSON part."""
-
-    step: int
-    batch_size: int
-    learning_rates: list[float]
-    lr_scheduler: dict[str, Any]
-    order: list[int]
-    cursor: int
+def write_state(tree: Tree, folder: Path) -> None:
+    """Writes both files. Raises OSError as files do."""
+    tensors: dict[str, Tensor] = {}
+    rest = {"format": _FORMAT, "state": _without_tensors(tree, "", tensors)}
+    # Not save_file: its own error hides that the disk is full.
+    (folder / _TENSORS).write_bytes(safetensors.torch.save(tensors))
+    (folder / _REST).write_text(json.dumps(rest, sort_keys=True))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TrainingState:
-    """The moving parts of a trainer, saved and restored in place. `names` are those of the parameters."""
+def read_state(folder: Path) -> Tree:
+    """What `write_state` wrote, on the CPU.
 
-    names: Sequence[str]
-    optimizer: Optimizer
-    lr_scheduler: LambdaLR
-    generator: torch.Generator
-    order: Order
-    batch_size: int
+    Raises OSError, SafetensorError, ValueError, KeyError or TypeError for files that are missing or damaged.
+    """
+    tensors = safetensors.torch.load((folder / _TENSORS).read_bytes())
+    rest = json.loads((folder / _REST).read_text())
+    if "format" not in rest:
+        return _first_format(tensors, rest)
+    if rest["format"] != _FORMAT:
+        raise ValueError(f"its format is {rest['format']}, {_FORMAT} is known")
+    tree: Tree = _with_tensors(rest["state"], tensors)
+    return tree
 
-    def save(self, folder: Path, step: int) -> None:
-        """Writes both files into `folder`."""
-        saved = self.optimizer.state_dict()
-        tensors = {
-            f"{self.names[index]}.{key}": value.detach().cpu().contiguous()
-            for index, moments in saved["state"].items()
-            for key, value in moments.items()
-        }
-        tensors[_RNG] = self.generator.get_state()
-        rest = _Rest(
-            step=step,
-            batch_size=self.batch_size,
-            learning_rates=[group["lr"] for group in saved["param_groups"]],
-            lr_scheduler=self.lr_scheduler.state_dict(),
-            order=self.order.permutation,
-            cursor=self.order.cursor,
-        )
-        # Not save_file: its own error hides that the disk is full.
-        (folder / _TENSORS).write_bytes(safetensors.torch.save(tensors))
-        (folder / _REST).write_text(json.dumps(asdict(rest), sort_keys=True))
 
-    def restore(self, folder: Path, step: int) -> None:
-        """Brings everything back to where `save` found it.
+def recipe_sha256(recipe: Recipe) -> str:
+    """Of all that decides about what is learned. What has its default does not count: later versions may
+    have more of it."""
+    told = {
+        field.name: getattr(recipe, field.name)
+        for field in fields(recipe)
+        if field.name not in _NOT_LEARNED and getattr(recipe, field.name) != field.default
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
-        Raises DataLoss if the files are missing, damaged, or of another training.
-        """
-        try:
-            tensors = safetensors.torch.load((folder / _TENSORS).read_bytes())
-            rest = _Rest(**json.loads((folder / _REST).read_text()))
-            self._restore(tensors, rest, step)
-        except (OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
-            raise DataLoss(f"the training cannot go on from step {step}: {error!r}") from error
 
-    def _restore(self, tensors: dict[str, Tensor], rest: _Rest, step: int) -> None:
-        if (rest.step, rest.batch_size) != (step, self.batch_size):
-            raise ValueError(f"the state is of step {rest.step} and batches of {rest.batch_size}")
-        self.generator.set_state(tensors.pop(_RNG))
-        content = self.optimizer.state_dict()
-        indices = {name: index for index, name in enumerate(self.names)}
-        for key, value in tensors.items():
-            name, _, moment = key.rpartition(".")
-            content["state"].setdefault(indices[name], {})[moment] = value
-        for group, rate in zip(content["param_groups"], rest.learning_rates, strict=True):
-            group["lr"] = rate
-        self.optimizer.load_state_dict(content)
-        self.lr_scheduler.load_state_dict(rest.lr_scheduler)
-        self.order.permutation, self.order.cursor = list(rest.order), rest.cursor
+def _without_tensors(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(node, Tensor):
+        # A copy: two branches may hold one tensor, which safetensors refuses.
+        tensors[path] = node.detach().to("cpu", copy=True).contiguous()
+        return {_TENSOR: path}
+    if isinstance(node, Mapping):
+        return {key: _without_tensors(value, f"{path}/{key}", tensors) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_without_tensors(value, f"{path}/{index}", tensors) for index, value in enumerate(node)]
+    return node
+
+
+def _with_tensors(node: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(node, dict):
+        if _TENSOR in node:
+            return tensors[node[_TENSOR]]
+        return {key: _with_tensors(value, tensors) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_with_tensors(value, tensors) for value in node]
+    return node
+
+
+def _first_format(tensors: dict[str, Tensor], rest: Tree) -> Tree:
+    """Of version 0.1: Adam's moments as NAME.KEY, weights only in the adapter."""
+    generator = tensors.pop("generator")
+    moments: Tree = {}
+    for key, value in tensors.items():
+        name, _, moment = key.rpartition(".")
+        moments.setdefault(name, {})[moment] = value
+    return {
+        "step": rest["step"],
+        "batch_size": rest["batch_size"],
+        "generator": generator,
+        "order": {"permutation": rest["order"], "cursor": rest["cursor"]},
+        "learning": {
+            "optimizer": {"state": moments, "groups": [{"lr": rate} for rate in rest["learning_rates"]]},
+            "lr_scheduler": rest["lr_scheduler"],
+        },
+    }

@@ -8,8 +8,9 @@ picture (`CROPS`), since an uncached crop would cost an encoding a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Generator, Tensor
 
 from atelier_server.core import Recipe, TrainingImage
 from atelier_server.diffusion.base import BaseModel
-from atelier_server.diffusion.conditioning import Conditioning, Framing, TextEmbeds
+from atelier_server.diffusion.conditioning import Framing
 from atelier_server.errors import InvalidRequest, Violation
 
 CROPS = 8  # random crops a picture
@@ -43,16 +44,14 @@ class Example:
 
 @dataclass(slots=True, eq=False)
 class Dataset:
-    """What a training looks at: pictures, captions as the U-Net hears them, and what a dropped one is."""
+    """What a training looks at: pictures with captions."""
 
     examples: list[Example] = field(default_factory=list)
-    prompts: dict[str, TextEmbeds] = field(default_factory=dict)
-    dropped: TextEmbeds | None = None
 
     def fill(
         self, images: Sequence[TrainingImage], recipe: Recipe, base: BaseModel, generator: Generator
     ) -> Iterator[None]:
-        """Encodes all pictures and captions, one forward of the base between two yields.
+        """Encodes all pictures, one forward of the base between two yields.
 
         `generator` draws the crops. Raises InvalidRequest for a picture that cannot be read.
         """
@@ -63,18 +62,14 @@ class Dataset:
                 views.append(View(mean.float().cpu(), std.float().cpu(), crop.framing))
                 yield
             self.examples.append(Example(tuple(views), image.caption or recipe.instance_prompt))
-        for caption in sorted({example.caption for example in self.examples}):
-            self.prompts[caption] = base.encode_caption(caption)
-            yield
-        if recipe.caption_dropout > 0:
-            # What guidance will later take for no prompt.
-            self.dropped = base.encode_negative("")
-            yield
+
+    def captions(self, recipe: Recipe) -> list[str | None]:
+        """All that rows may have, each once; None is a dropped one."""
+        captions = sorted({example.caption for example in self.examples})
+        return [*captions, None] if recipe.caption_dropout > 0 else [*captions]
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything that is cached, for whoever counts memory."""
-        for text in (*self.prompts.values(), self.dropped):
-            yield from () if text is None else text.tensors()
         for view in (view for example in self.examples for view in example.views):
             yield from (view.mean, view.std)
 
@@ -146,29 +141,36 @@ class Order:
             self.cursor += 1
         return taken
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"permutation": list(self.permutation), "cursor": self.cursor}
+
+    def load_state_dict(self, tree: dict[str, Any]) -> None:
+        self.permutation, self.cursor = list(tree["permutation"]), tree["cursor"]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Rows of one micro-step: latents and noise [b,C,h,w], timesteps [b] (int64), b rows of conditioning."""
+    """Rows of one micro-step: latents and noise [b,C,h,w], timesteps [b] (int64), b captions (None: dropped).
+
+    `framings` tell how the rows' pictures were cut.
+    """
 
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
-    conditioning: Conditioning
+    captions: Sequence[str | None]
+    framings: Sequence[Framing]
 
     @classmethod
     def draw(
         cls,
         examples: Sequence[Example],
-        dataset: Dataset,
         *,
-        condition: Callable[[TextEmbeds, Framing], Conditioning],
         caption_dropout: float,
         num_train_timesteps: int,
         generator: Generator,
     ) -> Batch:
-        """One row an example of `dataset`. All chance comes from `generator` (CPU), in a fixed order; lies on
-        the CPU except for the conditioning."""
+        """One row an example. All chance comes from `generator` (CPU), in a fixed order; lies on the CPU."""
         views = [e.views[int(torch.randint(len(e.views), (), generator=generator))] for e in examples]
         mean = torch.stack([view.mean for view in views])
         std = torch.stack([view.std for view in views])
@@ -176,11 +178,16 @@ class Batch:
         noise = torch.randn(mean.shape, generator=generator)
         timesteps = torch.randint(num_train_timesteps, (len(views),), generator=generator)
         dropped = (torch.rand(len(views), generator=generator) < caption_dropout).tolist()
-        rows = []
-        for drop, example, view in zip(dropped, examples, views, strict=True):
-            text = dataset.dropped if drop and dataset.dropped else dataset.prompts[example.caption]
-            rows.append(condition(text, view.framing))
-        return cls(latents, noise, timesteps, Conditioning.stack(rows))
+        captions = [None if drop else e.caption for drop, e in zip(dropped, examples, strict=True)]
+        return cls(latents, noise, timesteps, captions, [view.framing for view in views])
+
+    def to(self, device: torch.device) -> Batch:
+        return replace(
+            self,
+            latents=self.latents.to(device),
+            noise=self.noise.to(device),
+            timesteps=self.timesteps.to(device),
+        )
 
 
 def _decoded(image: TrainingImage, number: int) -> Image.Image:

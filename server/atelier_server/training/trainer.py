@@ -1,56 +1,55 @@
-"""DreamBooth with LoRA (arXiv 2208.12242, 2106.09685) on the U-Net's attention, one micro-step at a time.
+"""A training, whatever its method, one micro-step at a time.
 
-The base is the one that serves. The weights being learned are float32 leaves of the job's own; they become
-visible to anybody else only as a checkpoint in the store. All chance comes from one CPU generator, whose
-state is part of every checkpoint: a training that goes on from one ends with the same bits.
+    for _ in trainer.prepare(): ...                  # caches, first weights or those of a checkpoint
+    outcomes = micro_step([trainer, others...])      # company.py: begin(), one forward, finish()
+    trainer.publish()
+
+It is put together of parts that each know one thing:
+
+    Dataset    which pictures there are, and what a micro-batch of them is     dataset.py
+    Method     what is learned, which of it when, what adapter comes of it     methods/
+    Texts      captions as the U-Net hears them, kept or within the graph      texts.py
+    Objective  what the U-Net is shown, and the loss of what it answers        objective.py
+    Learning   accumulation, clipping, optimizer, schedule, of one phase       learning.py
+
+The base is the one that serves. What is being learned becomes visible to anybody else only as a checkpoint in
+the store. All chance comes from one CPU generator, whose state is part of every checkpoint, with everything
+else that moves: a training that goes on from one ends with the same bits.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers.optimization import get_scheduler
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
-from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_, skip_init
+from safetensors import SafetensorError
+from torch import Tensor
 
 from atelier_server.adapters.bank import SlotBank
-from atelier_server.adapters.canonical import CanonicalAdapter, LoraModule
-from atelier_server.adapters.layers import Leaf, LeafSet
+from atelier_server.adapters.canonical import CanonicalAdapter
 from atelier_server.adapters.store import ADAPTER_FILE, AdapterStore, CheckpointRecord
 from atelier_server.adapters.stored import decode_stored, write_stored
 from atelier_server.core import CheckpointId, TrainingJob
 from atelier_server.diffusion.base import BaseModel
+from atelier_server.diffusion.conditioning import Conditioning
 from atelier_server.diffusion.denoiser import Denoiser
-from atelier_server.errors import (
-    AdapterMismatch,
-    DataLoss,
-    InvalidRequest,
-    NonfiniteLoss,
-    UnsupportedFormat,
-    Violation,
-)
-from atelier_server.training.checkpoint import TrainingState
+from atelier_server.errors import AdapterMismatch, DataLoss, NonfiniteLoss, UnsupportedFormat
+from atelier_server.training.checkpoint import read_state, recipe_sha256, write_state
+from atelier_server.training.company import Gradients, MicroBatch, Stage, StepReport, loss_of, micro_step
 from atelier_server.training.dataset import Batch, Dataset, Order
-
-TARGETS = (".to_q", ".to_k", ".to_v", ".to_out.0")
-
-
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """What one micro-step says of itself: the loss of its batch, and the rate that it used."""
-
-    loss: float
-    learning_rate: float
+from atelier_server.training.learning import Learning
+from atelier_server.training.methods import method_of
+from atelier_server.training.objective import Objective
+from atelier_server.training.parts import Phase
+from atelier_server.training.texts import Texts
 
 
-class LoraTrainer:
-    """One job. Whoever drives it calls `prepare` to its end, then `train_step` and `publish` as it likes."""
+class Trainer:
+    """One job. `begin` and `finish` are for its company (`company.Member`)."""
 
     def __init__(
         self, job: TrainingJob, *, base: BaseModel, denoiser: Denoiser, bank: SlotBank, store: AdapterStore
@@ -58,57 +57,152 @@ class LoraTrainer:
         self._job = job
         self._recipe = job.recipe
         self._base = base
-        self._denoiser = denoiser
         self._bank = bank
         self._store = store
         self._generator = torch.Generator().manual_seed(job.recipe.seed)
         self._dataset = Dataset()
-        self._losses: list[float] = []  # since the last checkpoint
+        self._order = Order([], 0)
+        self._method = method_of(job.recipe, base=base, denoiser=denoiser, bank=bank)
+        self._texts = Texts(base, bank, self._method)
+        self._objective = Objective(job.recipe, self._method.denoiser)
+        self._micro_losses: list[float] = []  # of the step that is being made
+        self._losses: list[float] = []  # of steps since the last checkpoint
+        self._drawn: Batch | None = None  # of a micro-step that has not ended
         self._last: Batch | None = None
         self.step = 0
-        """Steps done."""
+        """Steps done: of the optimizer, whatever the micro-steps in each."""
+        self.bucket = 0
+        """The exact number of rows of its forwards, for life; 0 until it is settled."""
         self.published: CheckpointRecord | None = None
         """The last checkpoint, also the one that the training goes on from."""
 
+    # ----------------------------------------------------------------------------------------- beginning
     def prepare(self) -> Iterator[None]:
         """Caches latents and embeddings, a small piece of device work between yields; then begins or resumes.
 
-        Raises InvalidRequest for a picture that cannot be read, DataLoss for a checkpoint that cannot.
+        Raises InvalidRequest for a picture that cannot be read or a recipe that the base cannot follow,
+        DataLoss for a checkpoint that cannot be read.
         """
         yield from self._dataset.fill(self._job.images, self._recipe, self._base, self._generator)
-        resume_at = CheckpointId(self._job.name, self._job.version, self._job.resume_step)
-        resuming = self._job.resume_step > 0
-        self._leaves = self._trainable(self._read(resume_at) if resuming else self._initial())
-        self._begin()
-        if resuming:
-            with self._store.checkout(resume_at) as folder:
-                self._state.restore(folder, resume_at.step)
-            self.published = self._find(resume_at)
-            self.step = resume_at.step
+        self._method.begin()
+        if self._job.resume_step > 0:
+            self._resume(CheckpointId(self._job.name, self._job.version, self._job.resume_step))
+        else:
+            self._enter(self._method.phases[0])
+        if self._recipe.exact or self._recipe.batch_bucket:
+            self.settle(self._recipe.batch_bucket)
+        if not self._hears:
+            yield from self._texts.keep(self._dataset.captions(self._recipe))
+
+    def _enter(self, phase: Phase) -> None:
+        """From here on the parts of this phase learn."""
+        self._phase = phase
+        parts = [part for part in self._method.parts if part.name in phase.parts]
+        self._learning = Learning(parts, self._recipe, phase.end - phase.begin)
+        self._texts.forget()
+
+    @property
+    def _hears(self) -> bool:
+        return self._method.hears(self._phase)
+
+    # ------------------------------------------------------------------------------------------- company
+    @property
+    def rows(self) -> int:
+        """Of a micro-step."""
+        return self._recipe.train_batch_size
+
+    def settle(self, bucket: int = 0) -> None:
+        """Decides about the bucket, unless that has been done: at least its own rows."""
+        if not self.bucket:
+            self.bucket = max(bucket, self.rows)
+
+    @property
+    def kind(self) -> Hashable | None:
+        """Equal for trainings whose rows could be in one forward. None: its rows are for themselves."""
+        if self._recipe.exact or not self._method.shares:
+            return None
+        size = self._recipe.resolution
+        return self._base.latent_shape(size, size), self._recipe.gradient_checkpointing
+
+    @property
+    def company(self) -> Hashable | None:
+        """Trainings of equal companies share forwards as long as their rows fit the bucket. None: none.
+
+        Of a training that is prepared and settled.
+        """
+        kind = self.kind
+        return None if kind is None or self.bucket == self.rows else (kind, self.bucket)
+
+    # -------------------------------------------------------------------------------------- a micro-step
+    def begin(self) -> MicroBatch:
+        """The rows of the next micro-step, texts heard within the graph where they learn."""
+        if self._drawn is None:
+            self._drawn = self._draw()
+        return self._micro_batch(self._drawn)
+
+    def finish(self, loss: Tensor, gradients: Gradients) -> StepReport | None:
+        """Takes the gradients of the micro-step; at the end of a step, the optimizer's. None before that.
+
+        The rate is the one that the step used. Raises NonfiniteLoss with the step in its metadata, before the
+        weights are touched.
+        """
+        self._last, self._drawn = self._drawn, None
+        value = loss.item()
+        self._micro_losses.append(value)
+        ends = self._learning.add(gradients)
+        if not math.isfinite(value) or (ends and not math.isfinite(self._learning.clip().item())):
+            self._learning.forget()
+            raise self._nonfinite(self.step + 1, value)
+        if not ends:
+            return None
+        rate = self._learning.rate
+        self._learning.step()
+        self._method.after_step(self._phase)
+        self.step += 1
+        mean = sum(self._micro_losses) / len(self._micro_losses)
+        self._micro_losses.clear()
+        self._losses.append(mean)
+        if self.step == self._phase.end and self._phase is not self._method.phases[-1]:
+            self._enter(self._method.phases[self._method.phases.index(self._phase) + 1])
+        return StepReport(mean, rate)
 
     def train_step(self) -> StepReport:
-        """Forward, backward, optimizer. The rate is the one that this step used.
+        """One whole step, alone. Raises what `finish` raises."""
+        self.settle()
+        while True:
+            (outcome,) = micro_step([self])
+            if isinstance(outcome, Exception):
+                raise outcome
+            if outcome is not None:
+                return outcome
 
-        Raises NonfiniteLoss with the step in its metadata, before the weights are touched.
-        """
-        recipe = self._recipe
-        batch = self._last = self._draw()
-        rate = self._optimizer.param_groups[0]["lr"]
-        self._optimizer.zero_grad()  # also what a step that ran out of memory left
-        with self._bank.train(self._leaves), self._checkpointing():
-            loss = self._loss(batch)
-            loss.backward()  # type: ignore[no-untyped-call]
-        norm = clip_grad_norm_(self._leaves.parameters(), recipe.max_grad_norm)
-        value = loss.item()
-        if not bool(torch.isfinite(loss.detach()) & torch.isfinite(norm)):
-            raise self._nonfinite(self.step + 1, value)
-        self._optimizer.step()
-        self._optimizer.zero_grad()  # their memory is the pictures' until the next step
-        self._lr_scheduler.step()
-        self.step += 1
-        self._losses.append(value)
-        return StepReport(value, rate)
+    def _draw(self) -> Batch:
+        examples = self._dataset.examples
+        indices = self._order.take(self._recipe.train_batch_size, len(examples), self._generator)
+        batch = Batch.draw(
+            [examples[index] for index in indices],
+            caption_dropout=self._recipe.caption_dropout,
+            num_train_timesteps=self._method.denoiser.num_train_timesteps,
+            generator=self._generator,
+        )
+        return batch.to(self._base.device)
 
+    def _micro_batch(self, batch: Batch) -> MicroBatch:
+        texts = self._texts.hear(batch.captions, learning=self._hears)
+        condition = self._base.family.condition
+        return MicroBatch(
+            noisy=self._objective.noisy(batch),
+            timesteps=batch.timesteps,
+            conditioning=Conditioning.stack(
+                [condition(*pair) for pair in zip(texts, batch.framings, strict=True)]
+            ),
+            leaves=self._method.leaves,
+            parameters=self._learning.parameters,
+            loss=partial(self._objective.loss, batch),
+            stage=Stage(self._bank, self._method.denoiser, self.bucket, self._recipe.gradient_checkpointing),
+        )
+
+    # --------------------------------------------------------------------------------------- checkpoints
     def publish(self) -> CheckpointRecord:
         """Publishes the weights of now, with all that is needed to go on from here to the same bits.
 
@@ -120,126 +214,27 @@ class LoraTrainer:
             return self.published
         if not math.isfinite(loss_now := self._loss_now()):
             raise self._nonfinite(self.step, loss_now)
-        loss = sum(self._losses) / len(self._losses) if self._losses else None
+        adapter = self.adapter()
+        largest = adapter.largest
         self.published = self._store.publish(
-            checkpoint, self._write, loss=loss, rank=self._recipe.rank, lora_alpha=self._recipe.lora_alpha
+            checkpoint,
+            partial(self._write, adapter),
+            loss=sum(self._losses) / len(self._losses) if self._losses else None,
+            rank=largest.rank if largest else 0,
+            lora_alpha=largest.alpha if largest else 0.0,
         )
         self._losses.clear()
         return self.published
 
     def adapter(self) -> CanonicalAdapter:
         """A copy of the weights of now, on the CPU."""
-        return CanonicalAdapter(
-            {
-                name: LoraModule(_copy(leaf.A), _copy(leaf.B), self._recipe.lora_alpha)
-                for name, leaf in self._leaves.leaves.items()
-            }
-        )
+        return self._method.adapter()
 
     def state_bytes(self) -> int:
         """What the training holds on the base's device between two steps: weights, optimizer, caches."""
-        device = self._base.device.type
-        kept = [*self._leaves.parameters(), *self._dataset.tensors()]
-        kept += [value for state in self._optimizer.state.values() for value in state.values()]
-        return sum(t.nbytes for t in kept if isinstance(t, Tensor) and t.device.type == device)
-
-    # -------------------------------------------------------------------------------------- beginning
-    def _begin(self) -> None:
-        recipe = self._recipe
-        self._optimizer = torch.optim.AdamW(
-            self._leaves.parameters(),
-            lr=recipe.learning_rate,
-            betas=(recipe.adam_beta1, recipe.adam_beta2),
-            weight_decay=recipe.adam_weight_decay,
-            eps=recipe.adam_epsilon,
-        )
-        try:
-            self._lr_scheduler = get_scheduler(
-                recipe.lr_scheduler,
-                self._optimizer,
-                num_warmup_steps=recipe.lr_warmup_steps,
-                num_training_steps=recipe.max_train_steps,
-            )
-        except ValueError as error:
-            raise InvalidRequest.of([Violation("recipe.lr_scheduler", str(error))]) from error
-        self._order = Order([], 0)
-        self._state = TrainingState(
-            names=[f"{name}.{part}" for name in self._leaves.leaves for part in ("A", "B")],
-            optimizer=self._optimizer,
-            lr_scheduler=self._lr_scheduler,
-            generator=self._generator,
-            order=self._order,
-            batch_size=recipe.train_batch_size,
-        )
-
-    def _initial(self) -> CanonicalAdapter:
-        """PEFT's own initial weights: what it injects into this U-Net after `torch.manual_seed(seed)`."""
-        targets = {name: layer for name, layer in self._bank.layers.items() if name.endswith(TARGETS)}
-        skeleton = nn.Module()
-        for name, layer in targets.items():
-            if isinstance(layer, nn.Linear):
-                # Not initialised: memory that is never touched, and no random number drawn.
-                shape = (layer.in_features, layer.out_features)
-                _put(skeleton, name, skip_init(nn.Linear, *shape, bias=False))  # type: ignore[no-untyped-call]
-        config = LoraConfig(
-            r=self._recipe.rank,
-            lora_alpha=self._recipe.lora_alpha,
-            init_lora_weights="gaussian",
-            target_modules=list(targets),
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self._recipe.seed)
-            inject_adapter_in_model(config, skeleton)
-        weights = get_peft_model_state_dict(skeleton)
-        return CanonicalAdapter(
-            {
-                name: LoraModule(
-                    weights[f"{name}.lora_A.weight"],
-                    weights[f"{name}.lora_B.weight"],
-                    self._recipe.lora_alpha,
-                )
-                for name in targets
-            }
-        )
-
-    def _read(self, checkpoint: CheckpointId) -> CanonicalAdapter:
-        try:
-            adapter = decode_stored(self._store.file(checkpoint).read_bytes())
-            self._bank.check(adapter)
-        except (OSError, UnsupportedFormat, AdapterMismatch) as error:
-            raise DataLoss(f"the weights of {checkpoint} cannot be read: {error}") from error
-        return adapter
-
-    def _trainable(self, adapter: CanonicalAdapter) -> LeafSet:
-        """Leaves in the order of the base's layers, whatever the order of a file."""
-
-        def leaf(weights: Tensor) -> nn.Parameter:
-            return nn.Parameter(weights.detach().to(self._base.device, torch.float32, copy=True))
-
-        scale = self._recipe.lora_alpha / self._recipe.rank
-        modules = adapter.low_rank
-        return LeafSet(
-            {
-                name: Leaf(leaf(modules[name].A), leaf(modules[name].B), scale)
-                for name in self._bank.layers
-                if name in modules
-            }
-        )
-
-    def _find(self, checkpoint: CheckpointId) -> CheckpointRecord | None:
-        version = self._store.version(checkpoint.name, checkpoint.version)
-        return next((record for record in version.checkpoints if record.id == checkpoint), None)
-
-    # ------------------------------------------------------------------------------------------ steps
-    def _loss(self, batch: Batch) -> Tensor:
-        device = self._base.device
-        return self._denoiser.loss(
-            batch.latents.to(device),
-            batch.noise.to(device),
-            batch.timesteps.to(device),
-            batch.conditioning,
-            self._recipe.snr_gamma,
-        ).mean()
+        kept = [p for part in self._method.parts for p in part.parameters.values()]
+        held = [*self._learning.tensors(), *self._dataset.tensors(), *self._texts.tensors()]
+        return sum(t.nbytes for t in (*kept, *held) if t.device.type == self._base.device.type)
 
     @torch.no_grad()
     def _loss_now(self) -> float:
@@ -248,62 +243,85 @@ class LoraTrainer:
         A step's own loss is that of the weights before it: after one that was too large, these may be finite
         and yet paint nothing.
         """
-        if not all(bool(p.isfinite().all()) for p in self._leaves.parameters()):
+        if not all(bool(p.isfinite().all()) for p in self._parameters().values()):
             return math.nan
         if self._last is None:
             return 0.0  # no step yet: the weights are the first ones, or those of a checkpoint
-        with self._bank.train(self._leaves):
-            return self._loss(self._last).item()
+        return loss_of(self._micro_batch(self._last))
 
-    def _draw(self) -> Batch:
-        examples = self._dataset.examples
-        indices = self._order.take(self._recipe.train_batch_size, len(examples), self._generator)
-        return Batch.draw(
-            [examples[index] for index in indices],
-            self._dataset,
-            condition=self._base.family.condition,
-            caption_dropout=self._recipe.caption_dropout,
-            num_train_timesteps=self._denoiser.num_train_timesteps,
-            generator=self._generator,
-        )
+    def _parameters(self) -> dict[str, Tensor]:
+        """All that the training has learned and learns."""
+        return {name: p for part in self._method.parts for name, p in part.parameters.items()}
 
-    @contextmanager
-    def _checkpointing(self) -> Iterator[None]:
-        """Gradient checkpointing for this micro-step alone, if the recipe asks for it.
+    def _write(self, adapter: CanonicalAdapter, folder: Path) -> None:
+        write_stored(adapter, folder / ADAPTER_FILE)
+        write_state(self._state(), folder)
 
-        diffusers' blocks heed it in evaluation mode too, as long as gradients are on: the mode of the U-Net,
-        which serves between two steps, is never touched.
-        """
-        if not self._recipe.gradient_checkpointing:
-            yield
-            return
-        unet = self._base.unet
-        unet.enable_gradient_checkpointing()
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "phase": self._phase.name,
+            "bucket": self.bucket,
+            "batch_size": self._recipe.train_batch_size,
+            "recipe_sha256": recipe_sha256(self._recipe),
+            "base_sha256": self._base.sha256,
+            "weights": self._parameters(),
+            "constants": dict(self._method.constants()),
+            "learning": self._learning.state_dict(),
+            "micro_losses": self._micro_losses,
+            "generator": self._generator.get_state(),
+            "order": self._order.state_dict(),
+        }
+
+    def _resume(self, checkpoint: CheckpointId) -> None:
+        """Brings everything back to where it was. Raises DataLoss if the files do not allow it."""
         try:
-            yield
-        finally:
-            unet.disable_gradient_checkpointing()
+            adapter = decode_stored(self._store.file(checkpoint).read_bytes())
+            self._bank.check(adapter)
+            with self._store.checkout(checkpoint) as folder:
+                self._restore(read_state(folder), checkpoint.step, adapter)
+        except (UnsupportedFormat, AdapterMismatch) as error:
+            raise DataLoss(f"the weights of {checkpoint} cannot be read: {error}") from error
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise DataLoss(f"the training cannot go on from {checkpoint}: {error!r}") from error
+        self.published = self._find(checkpoint)
+        self.step = checkpoint.step
 
-    def _write(self, folder: Path) -> None:
-        write_stored(self.adapter(), folder / ADAPTER_FILE)
-        self._state.save(folder, self.step)
+    def _restore(self, tree: dict[str, Any], step: int, adapter: CanonicalAdapter) -> None:
+        """Of version 0.1 the weights are only in the adapter, and the bucket was the batch."""
+        if (tree["step"], tree["batch_size"]) != (step, self._recipe.train_batch_size):
+            raise ValueError(f"the state is of step {tree['step']} and batches of {tree['batch_size']}")
+        for name, own in (
+            ("recipe_sha256", recipe_sha256(self._recipe)),
+            ("base_sha256", self._base.sha256),
+        ):
+            if tree.get(name, own) != own:
+                raise ValueError(f"the {name} is {tree[name]}, here it is {own}")
+        phase = next(p for p in reversed(self._method.phases) if p.begin <= step)
+        if tree.get("phase", phase.name) != phase.name:
+            raise ValueError(f"the phase is {tree['phase']!r} instead of {phase.name!r}")
+        self._method.take_constants(tree.get("constants", {}))
+        weights = tree.get("weights") or {
+            f"{name}.{part}": tensor
+            for name, module in adapter.low_rank.items()
+            for part, tensor in (("A", module.A), ("B", module.B))
+        }
+        with torch.no_grad():
+            for name, parameter in self._parameters().items():
+                parameter.copy_(weights[name])
+        self._enter(phase)
+        self._learning.load_state_dict(tree["learning"])
+        self._micro_losses = list(tree.get("micro_losses", ()))
+        self._generator.set_state(tree["generator"])
+        self._order.load_state_dict(tree["order"])
+        self.bucket = tree.get("bucket", self.rows)
+
+    def _find(self, checkpoint: CheckpointId) -> CheckpointRecord | None:
+        version = self._store.version(checkpoint.name, checkpoint.version)
+        return next((record for record in version.checkpoints if record.id == checkpoint), None)
 
     def _nonfinite(self, step: int, loss: float) -> NonfiniteLoss:
         message = (
             f"training {self._job.id} became non-finite at step {step} (loss {loss}); lower the learning rate"
         )
         return NonfiniteLoss(message, {"step": str(step)})
-
-
-def _put(root: nn.Module, name: str, module: nn.Module) -> None:
-    """`root.NAME = module`, with plain modules for the parts of the name that are missing."""
-    *path, last = name.split(".")
-    for part in path:
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        root = root.get_submodule(part)
-    root.add_module(last, module)
-
-
-def _copy(parameter: nn.Parameter) -> Tensor:
-    return parameter.detach().to("cpu", copy=True)

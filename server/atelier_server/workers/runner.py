@@ -5,8 +5,7 @@ The one place, with the worker's entry, that knows engine, adapters, diffusion a
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -18,7 +17,7 @@ import torch
 from atelier_server.adapters.bank import ActiveRows, RowsKey, SlotBank
 from atelier_server.adapters.canonical import CanonicalAdapter, blank
 from atelier_server.adapters.host import HostTier
-from atelier_server.adapters.store import AdapterStore, CheckpointRecord
+from atelier_server.adapters.store import AdapterStore
 from atelier_server.core import AdapterUse, BaseInfo, CheckpointId, Costs, TrainingJob
 from atelier_server.diffusion.base import load_base
 from atelier_server.diffusion.compiling import compile_blocks, eager
@@ -28,27 +27,19 @@ from atelier_server.diffusion.denoiser import Denoiser, Picture
 from atelier_server.diffusion.init_image import InitImages
 from atelier_server.diffusion.meter import peak_bytes
 from atelier_server.diffusion.trajectory import Trajectory, all_or_none
-from atelier_server.engine.companies import Place
-from atelier_server.engine.runner import (
-    Decoded,
-    Memory,
-    OnDevice,
-    Published,
-    StepReport,
-    TrainingRun,
-    TrainOutcome,
-)
+from atelier_server.engine.runner import Decoded, Memory, OnDevice, TrainingRun, TrainOutcome
 from atelier_server.engine.scheduler import ImageTask
 from atelier_server.errors import OutOfMemory
 from atelier_server.messages import WorkerSettings
 from atelier_server.report import AdapterComparison, AdapterReport, ImportTerms, PublishAs
-from atelier_server.training.trainer import LoraTrainer
+from atelier_server.training.trainer import Trainer
 from atelier_server.workers import device
 from atelier_server.workers.adapters import AdapterFiles
 from atelier_server.workers.craft import Craft
 from atelier_server.workers.darkroom import Darkroom
 from atelier_server.workers.probe import Probe
 from atelier_server.workers.texts import Texts
+from atelier_server.workers.trainings import TrainerRuns
 
 # Of the free memory; the rest is for what kernels use inside, and for fragments.
 _MEMORY_SHARE = 0.9
@@ -86,7 +77,7 @@ class TorchRunner:
         # Told by the heartbeat's thread, so counted here and not there.
         self._base_bytes = device.weight_bytes(self.base) + self._controlnets.size_bytes
         self._bank_bytes = 0
-        self._trainings: tuple[weakref.ref[TrainerRun], ...] = ()
+        self._trainings = TrainerRuns(self._trainer, self._eagerly)
         # On a CPU the libraries are most of a process; nearly nothing of a GPU is taken at this point.
         self._runtime_bytes = max(0, device.memory(self.base.device).allocated - self._base_bytes)
         self._costs = Costs()
@@ -228,17 +219,14 @@ class TorchRunner:
         return self._craft.diff(a, b)
 
     # ------------------------------------------------------------------------------------------ trainings
-    def open_training(self, job: TrainingJob) -> TrainerRun:
-        trainer = LoraTrainer(job, base=self.base, denoiser=self.denoiser, bank=self.bank, store=self.store)
-        run = TrainerRun(trainer, self._eagerly)
-        # Those that have ended are gone as soon as the desk forgets them.
-        self._trainings = (*(ref for ref in self._trainings if ref() is not None), weakref.ref(run))
-        return run
+    def open_training(self, job: TrainingJob) -> TrainingRun:
+        return self._trainings.open(job)
 
     def train(self, runs: Sequence[TrainingRun]) -> list[TrainOutcome]:
-        (run,) = runs  # none has company yet
-        assert isinstance(run, TrainerRun)
-        return [run.train_step()]
+        return self._trainings.train(runs)
+
+    def _trainer(self, job: TrainingJob) -> Trainer:
+        return Trainer(job, base=self.base, denoiser=self.denoiser, bank=self.bank, store=self.store)
 
     # --------------------------------------------------------------------------------------------- device
     @property
@@ -301,56 +289,8 @@ class TorchRunner:
 
     def memory(self) -> Memory:
         memory = device.memory(self.base.device)
-        training = sum(run.state_bytes for ref in self._trainings if (run := ref()) is not None)
-        parts = {"base": self._base_bytes, "bank": self._bank_bytes, "training": training}
+        parts = {"base": self._base_bytes, "bank": self._bank_bytes}
+        parts["training"] = self._trainings.state_bytes
         parts["runtime"] = self._runtime_bytes
         parts["activations"] = max(0, memory.allocated - sum(parts.values()))
         return replace(memory, components=tuple(parts.items()))
-
-
-class TrainerRun:
-    """A trainer as the loop drives it."""
-
-    def __init__(
-        self, trainer: LoraTrainer, context: Callable[[], AbstractContextManager[object]] = nullcontext
-    ) -> None:
-        self._trainer = trainer
-        self._context = context  # of all that runs the U-Net
-        # Counted here and told by the heartbeat's thread: optimizers allocate at the first step.
-        self.state_bytes = 0
-        self._has_stepped = False
-
-    @property
-    def step(self) -> int:
-        return self._trainer.step
-
-    @property
-    def place(self) -> Place:
-        return Place()
-
-    @property
-    def published(self) -> Published | None:
-        record = self._trainer.published
-        return _published(record) if record else None
-
-    def prepare(self) -> Iterator[None]:
-        yield from self._trainer.prepare()
-        self.state_bytes = self._trainer.state_bytes()
-
-    def train_step(self) -> StepReport:
-        with self._context():
-            report = self._trainer.train_step()
-        if not self._has_stepped:
-            self._has_stepped = True
-            self.state_bytes = self._trainer.state_bytes()
-        return StepReport(report.loss, report.learning_rate)
-
-    def publish(self) -> Published:
-        with self._context():  # it looks at the last batch once more
-            return _published(self._trainer.publish())
-
-
-def _published(record: CheckpointRecord) -> Published:
-    use = AdapterUse(record.id, 1.0, record.path, record.sha256)
-    loss = record.loss if record.loss is not None else 0.0
-    return Published(use, record.size_bytes, loss, record.validation_loss, record.kept_share)

@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from atelier_server.adapters.bank import SlotBank
-from atelier_server.adapters.layers import Leaf, LeafSet
+from atelier_server.adapters.leaves import Leaf, LeafSet
 from tests.unit.adapters.tiny import ATTENTION, EVERYTHING, Inputs, adapter_for, tiny_unet, wrapped_unet
 
 

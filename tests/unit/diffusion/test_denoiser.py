@@ -159,8 +159,11 @@ def test_loss_is_the_error_against_the_target_of_the_base(base: BaseModel, predi
             "sample": latents,
         }[prediction_type]
         expected = ((prediction - target) ** 2).mean((1, 2, 3))
-        assert torch.allclose(denoiser.loss(latents, noise, timesteps, prompts), expected, rtol=1e-6)
-        weighted = denoiser.loss(latents, noise, timesteps, prompts, snr_gamma=5.0)
+        assert torch.equal(denoiser.noisy(latents, noise, timesteps), noisy)
+        ours = denoiser.predict(noisy, timesteps, prompts)
+        error = denoiser.error(ours, latents, noise, timesteps)
+        weighted = denoiser.error(ours, latents, noise, timesteps, snr_gamma=5.0)
+    assert torch.allclose(error, expected, rtol=1e-6)
     snr = compute_snr(noise_scheduler, timesteps)
     divisor = snr + 1 if prediction_type == "v_prediction" else snr
     assert torch.allclose(weighted, expected * torch.minimum(snr, torch.tensor(5.0)) / divisor, rtol=1e-6)

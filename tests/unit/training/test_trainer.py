@@ -12,7 +12,7 @@ from atelier_server.adapters.canonical import CanonicalAdapter
 from atelier_server.adapters.stored import decode_stored
 from atelier_server.core import CheckpointId
 from atelier_server.errors import DataLoss, InvalidRequest, NonfiniteLoss, StorageFull
-from atelier_server.training.trainer import LoraTrainer
+from atelier_server.training.trainer import Trainer
 from tests.unit.training.conftest import Studio
 
 RICH: dict[str, Any] = {
@@ -25,7 +25,7 @@ RICH: dict[str, Any] = {
 }
 
 
-def steps(trainer: LoraTrainer, count: int) -> list[float]:
+def steps(trainer: Trainer, count: int) -> list[float]:
     return [trainer.train_step().loss for _ in range(count)]
 
 
@@ -136,7 +136,7 @@ def test_a_rate_that_blows_up_is_stopped_and_the_last_good_checkpoint_kept(studi
     steps(trainer, 1)
     weights = trainer.adapter()
     with torch.no_grad():
-        trainer._leaves.parameters()[1][0, 0] = float("inf")
+        trainer._method.leaves.parameters()[1][0, 0] = float("inf")
     poisoned = trainer.adapter()
     with pytest.raises(NonfiniteLoss) as caught:
         trainer.train_step()

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from atelier_server.adapters.canonical import CanonicalAdapter, blank
-from atelier_server.core import CheckpointId, GenerationJob, Mode
+from atelier_server.core import GenerationJob, Mode, Recipe, TrainingJob
 from atelier_server.engine.scheduler import ImageTask
+from atelier_server.errors import NonfiniteLoss
 from atelier_server.messages import WorkerSettings
-from atelier_server.workers.runner import TorchRunner, TrainerRun
+from atelier_server.workers.runner import TorchRunner
+from atelier_server.workers.trainings import TrainerRuns
 
 
 @pytest.fixture(scope="module")
@@ -103,22 +105,29 @@ def test_an_import_is_tried_without_compiling_anything(
     assert not inside
 
 
-@pytest.mark.parametrize("what", ["train_step", "publish"])
+@pytest.mark.parametrize("what", ["train", "publish"])
 def test_trainings_compile_nothing_either(what: str) -> None:
     inside = []
 
     @contextmanager
     def eagerly() -> Iterator[None]:
         inside.append(True)
-        yield
-        inside.pop()
+        try:
+            yield
+        finally:
+            inside.pop()
 
     def forward() -> Any:
         assert inside
-        return SimpleNamespace(
-            loss=0.5, learning_rate=0.1, id=CheckpointId("a", 1, 1), path="", sha256="", size_bytes=1
-        )
+        raise NonfiniteLoss("seen", {"step": "1"})
 
-    trainer: Any = SimpleNamespace(train_step=forward, publish=forward, state_bytes=lambda: 0)
-    getattr(TrainerRun(trainer, eagerly), what)()
+    trainer: Any = SimpleNamespace(begin=forward, publish=forward, state_bytes=lambda: 0)
+    runs = TrainerRuns(lambda _: trainer, eagerly)
+    run = runs.open(TrainingJob("otto-1", "otto", 1, Recipe("otto", 64), ()))
+    if what == "train":
+        (outcome,) = runs.train([run])
+        assert isinstance(outcome, NonfiniteLoss)
+    else:
+        with pytest.raises(NonfiniteLoss):
+            run.publish()
     assert not inside

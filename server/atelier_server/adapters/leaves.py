@@ -1,0 +1,166 @@
+"""What trainings learn in the layers of a base: LoRA and DoRA with gradients, of one training or several.
+
+Shapes: b rows, r rank, i features in, o features out, C channels, k the kernel (nothing for a linear layer).
+Leaves are float32 whatever the base is: inputs are cast to it, changes to the base's own dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from atelier_server.adapters.layers import Delta, checked_rows
+
+Pair = tuple[Tensor, Tensor]
+"""A [r,i] or [r,C,kh,kw] and B [o,r] or [o,r,1,1]."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Leaf:
+    """The trainable pair of one layer: y + scale * B A x, A and B of the shapes of a `Pair`.
+
+    `initial` is a pair that is taken away from it, without gradients: for initial weights that are taken out
+    of the base's (PiSSA, OLoRA), which itself is never written.
+    """
+
+    A: nn.Parameter
+    B: nn.Parameter
+    scale: float
+    initial: Pair | None = None
+
+    def linear(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.linear_change(x).to(y.dtype)
+
+    def conv(self, x: Tensor, y: Tensor, layer: nn.Conv2d) -> Tensor:
+        return y + self.conv_change(x, layer).to(y.dtype)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {"A": self.A, "B": self.B}
+
+    def linear_change(self, x: Tensor) -> Tensor:
+        """x [b,...,i] -> [b,...,o], float32."""
+        x = x.to(self.A.dtype)
+        change = F.linear(F.linear(x, self.A), self.B)
+        if self.initial is not None:
+            change = change - F.linear(F.linear(x, self.initial[0]), self.initial[1])
+        return change * self.scale
+
+    def conv_change(self, x: Tensor, layer: nn.Conv2d) -> Tensor:
+        """x [b,C,H,W] -> [b,o,H',W'], float32."""
+        hidden = F.conv2d(x.to(self.A.dtype), self.A, None, layer.stride, layer.padding, layer.dilation)
+        return F.conv2d(hidden, self.B) * self.scale
+
+    @torch.no_grad()
+    def weight_change(self) -> Tensor:
+        """scale * B A, [o,i*k]."""
+        change = self.B.flatten(1) @ self.A.flatten(1)
+        if self.initial is not None:
+            change = change - self.initial[1].flatten(1) @ self.initial[0].flatten(1)
+        return change * self.scale
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DoraLeaf:
+    """A leaf with a trainable `magnitude` [o] of the weights of `layer` (arXiv 2402.09353).
+
+    W' = m * V / norm(V) with V = W + scale * B A; the norms get no gradient (section 4.3 of the paper).
+    """
+
+    low_rank: Leaf
+    magnitude: nn.Parameter
+    layer: nn.Linear | nn.Conv2d
+
+    def linear(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._scaled(y, self.low_rank.linear_change(x), -1)
+
+    def conv(self, x: Tensor, y: Tensor, layer: nn.Conv2d) -> Tensor:
+        return self._scaled(y, self.low_rank.conv_change(x, layer), 1)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {**self.low_rank.parameters(), "magnitude": self.magnitude}
+
+    def _scaled(self, y: Tensor, change: Tensor, axis: int) -> Tensor:
+        shape = [-1 if dim == axis % y.dim() else 1 for dim in range(y.dim())]
+        gain = (self.magnitude / self._norms()).reshape(shape)
+        bare = y if self.layer.bias is None else y - self.layer.bias.reshape(shape)
+        return y + ((gain - 1) * bare + gain * change).to(y.dtype)
+
+    @torch.no_grad()
+    def _norms(self) -> Tensor:
+        """[o]"""
+        weight = self.layer.weight.flatten(1).to(self.magnitude.dtype)
+        norms: Tensor = torch.linalg.vector_norm(weight + self.low_rank.weight_change(), dim=1)
+        return norms
+
+
+AnyLeaf = Leaf | DoraLeaf
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SharedLeaves:
+    """The leaves of several trainings, each for as many rows of the batch as it says; None is the base alone.
+
+    Each training's rows go through its leaf by themselves, in products of shapes that are its own: neither
+    the ranks of its neighbours nor their kinds can change a bit of it.
+    """
+
+    parts: Sequence[tuple[int, Delta | None]]
+
+    def linear(self, x: Tensor, y: Tensor) -> Tensor:
+        pieces = [
+            y if leaf is None else leaf.linear(x, y)
+            for x, y, (_, leaf) in zip(self._split(x), self._split(y), self.parts, strict=True)
+        ]
+        return torch.cat(pieces)
+
+    def conv(self, x: Tensor, y: Tensor, layer: nn.Conv2d) -> Tensor:
+        pieces = [
+            y if leaf is None else leaf.conv(x, y, layer)
+            for x, y, (_, leaf) in zip(self._split(x), self._split(y), self.parts, strict=True)
+        ]
+        return torch.cat(pieces)
+
+    def _split(self, x: Tensor) -> Sequence[Tensor]:
+        """One node of the graph for all parts: slices would each have a gradient of the whole batch."""
+        sizes = [rows for rows, _ in self.parts]
+        checked_rows(x, sum(sizes))
+        return torch.split(x, sizes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LeafSet:
+    """What one training learns in the layers of the base, by layer name."""
+
+    leaves: Mapping[str, AnyLeaf]
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """By LAYER.PART, in the order of the layers: A, B, and the magnitude where there is one."""
+        return {
+            f"{name}.{part}": parameter
+            for name, leaf in self.leaves.items()
+            for part, parameter in leaf.parameters().items()
+        }
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.named_parameters().values())
+
+
+def shared(rows: Sequence[LeafSet | None]) -> dict[str, SharedLeaves]:
+    """The deltas of a forward whose rows each have leaves of their own, or none."""
+    parts: list[tuple[int, LeafSet | None]] = []
+    for leaves in rows:
+        if parts and parts[-1][1] is leaves:
+            parts[-1] = (parts[-1][0] + 1, leaves)
+        else:
+            parts.append((1, leaves))
+    names = sorted({name for _, leaves in parts if leaves is not None for name in leaves.leaves})
+    return {
+        name: SharedLeaves(
+            [(count, None if leaves is None else leaves.leaves.get(name)) for count, leaves in parts]
+        )
+        for name in names
+    }

@@ -1,0 +1,63 @@
+"""What a trainer asks of a method."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from atelier_server.adapters.canonical import CanonicalAdapter
+from atelier_server.adapters.leaves import LeafSet
+from atelier_server.adapters.words import Words
+from atelier_server.core import Recipe
+from atelier_server.diffusion.denoiser import Denoiser
+from atelier_server.training.parts import Part, Phase
+
+NOTHING = LeafSet({})
+
+
+class Method(ABC):
+    """One training's. After `begin` everything below is there; a checkpoint's weights are then written into
+    the parameters, and its `constants` taken, before anything is learned.
+
+    `leaves` are what the U-Net's forward has, `text_leaves` what the text encoders' have.
+    """
+
+    parts: Sequence[Part]
+    phases: Sequence[Phase]
+    leaves: LeafSet = NOTHING
+    text_leaves: LeafSet = NOTHING
+    shares: bool = True
+    """Whether its rows may be in one forward with those of others: not those of a U-Net of its own."""
+
+    def __init__(self, recipe: Recipe, denoiser: Denoiser) -> None:
+        self.recipe = recipe
+        self.denoiser = denoiser
+        """Of the U-Net that is trained: the resident one, unless the method has another."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Makes the first weights. Raises InvalidRequest for what the base cannot do."""
+
+    @abstractmethod
+    def adapter(self) -> CanonicalAdapter:
+        """What was learned, with the weights of now: a copy on the CPU."""
+
+    def words(self) -> Words:
+        """The tokens that captions may use, within the graph."""
+        return Words()
+
+    def hears(self, phase: Phase) -> bool:
+        """Whether captions become something else with each step of a phase."""
+        return any(part != "unet" for part in phase.parts)
+
+    def after_step(self, phase: Phase) -> None:  # noqa: B027 - most have nothing to do
+        """Called when the optimizer has stepped."""
+
+    def constants(self) -> Mapping[str, Tensor]:
+        """Tensors that are made at the beginning and that every checkpoint needs; they do not learn."""
+        return {}
+
+    def take_constants(self, constants: Mapping[str, Tensor]) -> None:  # noqa: B027 - few have any
+        """Those of a checkpoint, in place of its own. Raises KeyError where one is missing."""
