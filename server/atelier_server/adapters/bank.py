@@ -190,11 +190,14 @@ class SlotBank:
         ranks = [sum(self._held[slot].rank(components) for slot, _ in row) for row in canonical]
         packed = [self._pack(row, packed_rank(max(ranks, default=0)), components) for row in canonical]
         index = torch.tensor([i for indices, _ in packed for i in indices])
-        factors = torch.tensor([[f] for _, values in packed for f in values])
+        # Most adapters are used as they are: nothing to scale, and padding is zeros already.
+        plain = all(weight * self._held[slot].scale == 1.0 for row in canonical for slot, weight in row)
+        factors = None if plain else torch.tensor([[f] for _, values in packed for f in values])
         used = {slot for row in canonical for slot, _ in row}
         pairs: dict[str, RowDelta] = {}
         for group in (group for key, group in self._groups.items() if key[2] in components):
-            index, factors = index.to(group.A.device), factors.to(group.A.device)  # once: one device
+            index = index.to(group.A.device)  # once: one device
+            factors = None if factors is None else factors.to(group.A.device)
             pairs |= group.gather(used, index, factors, len(canonical))
         deltas: dict[str, Delta] = dict(pairs)
         norms: dict[str, NormDelta] = {}

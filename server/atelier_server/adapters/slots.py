@@ -72,14 +72,20 @@ class SlotGroup:
             self.A[:, begin : begin + self._max_rank].zero_()
             self.Bt[:, begin : begin + self._max_rank].zero_()
 
-    def gather(self, slots: Set[int], index: Tensor, factors: Tensor, rows: int) -> dict[str, RowDelta]:
-        """Packs ranks `index` [b*R] with `factors` [b*R,1] (float32), for the layers that `slots` change."""
+    def gather(
+        self, slots: Set[int], index: Tensor, factors: Tensor | None, rows: int
+    ) -> dict[str, RowDelta]:
+        """Packs ranks `index` [b*R] with `factors` [b*R,1] (float32), for the layers that `slots` change.
+
+        None for `factors`: all of them are 1.
+        """
         names = frozenset[str]().union(*(self._held.get(slot, frozenset()) for slot in slots))
         if not names:
             return {}
         a = self.A.index_select(1, index)
         bt = self.Bt.index_select(1, index)
-        bt = bt.mul_(factors) if bt.dtype == factors.dtype else (bt.float() * factors).to(bt.dtype)
+        if factors is not None:
+            bt = bt.mul_(factors) if bt.dtype == factors.dtype else (bt.float() * factors).to(bt.dtype)
         if a.dim() == 3:
             a = a.reshape(len(a), rows, -1, a.shape[2])
         deltas = [
