@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from atelier_server.core.choices import Priority
 
@@ -129,9 +129,12 @@ class TrainingAbilities:
     """What the worker's trainer can do with its base on its device.
 
     `unheeded` are fields of a recipe that it does not know yet: they have to be at their defaults.
+    `vocabulary` are the words, in lower case, that are one token to the base: no new one may be among them.
+    Empty: not known.
     """
 
     methods: tuple[str, ...] = METHODS
     optimizers: tuple[str, ...] = ("adamw", "prodigy")
     precisions: tuple[str, ...] = PRECISIONS
     unheeded: tuple[str, ...] = ()
+    vocabulary: frozenset[str] = field(default=frozenset(), repr=False)

@@ -77,8 +77,8 @@ class Book:
         self._thread.shutdown()
 
     # ----------------------------------------------------------------------------------------- writing
-    def insert(self, record: TrainingRecord, accepted: Payload) -> TrainingRecord:
-        """Writes a new training down with its first event, and counts its steps.
+    def insert(self, record: TrainingRecord, *first: Payload) -> TrainingRecord:
+        """Writes a new training down with its first events, and counts its steps.
 
         Raises RequestIdReused if the id is taken.
         """
@@ -87,7 +87,8 @@ class Book:
         try:
             with self._engine.begin() as connection:
                 connection.execute(trainings.insert().values(**values))
-                self._append(connection, record.id, accepted, {})
+                for payload in first:
+                    self._append(connection, record.id, payload, {})
                 connection.execute(
                     train_steps.insert().values(
                         tenant=values["tenant"], time=record.create_time, steps=record.recipe.max_train_steps

@@ -22,6 +22,7 @@ class TrainingDraft:
     recipe: Recipe
     num_images: int
     recipe_hash: str
+    warnings: tuple[Warned, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,7 +151,7 @@ class Trainings:
         accepted = Accepted(draft.name, meta.version, seconds, estimated_bytes(record, base))
         try:
             await upload.move_to(self._log.folder(training) / "images")
-            record = await self._book.do(self._book.insert, record, accepted)
+            record = await self._book.do(self._book.insert, record, accepted, *draft.warnings)
         except BaseException:
             await asyncio.to_thread(self._store.discard, draft.name, meta.version)
             await asyncio.to_thread(shutil.rmtree, self._log.folder(training), ignore_errors=True)

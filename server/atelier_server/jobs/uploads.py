@@ -79,6 +79,7 @@ class PictureUpload:
         self.folder = folder
         self.pictures: tuple[Picture, ...] = ()
         self._digest = hashlib.sha256()
+        self._numbers: dict[tuple[bytes, str], int] = {}
         # Whichever of `move_to` and `discard` comes first decides: the client may go while its training is
         # written down, and half of its pictures would be no training.
         self._moving = self._discarded = False
@@ -88,13 +89,18 @@ class PictureUpload:
         """Covers contents, captions and order."""
         return self._digest.hexdigest()
 
-    async def add(self, data: bytes, suffix: str, caption: str) -> None:
+    async def add(self, data: bytes, suffix: str, caption: str) -> int:
+        """The number of the picture among those kept: an earlier one's for the same content and caption."""
         content = await asyncio.to_thread(hashlib.sha256, data)
         self._digest.update(content.digest())
         self._digest.update(hashlib.sha256(caption.encode()).digest())
+        number = self._numbers.setdefault((content.digest(), caption), len(self.pictures))
+        if number < len(self.pictures):
+            return number
         name = f"{len(self.pictures):04d}-{content.hexdigest()[:16]}.{suffix}"
         await asyncio.to_thread(_write, self.folder / name, data)
         self.pictures = (*self.pictures, Picture(name, caption))
+        return number
 
     async def move_to(self, target: Path) -> None:
         """Makes the pictures a training's own. Raises Cancelled if they have been discarded."""

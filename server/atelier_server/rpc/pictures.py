@@ -15,6 +15,7 @@ from PIL import ExifTags, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 from PIL.ImageFile import ImageFile
 
 _PNG = b"\x89PNG\r\n\x1a\n"
+_OPAQUE = 255
 _JPEG = b"\xff\xd8\xff"
 # EXIF orientations in which width and height change places.
 _LYING = (5, 6, 7, 8)
@@ -30,7 +31,8 @@ _READERS: dict[str, type[ImageFile]] = {
 class Verdict:
     """`suffix` names the format; `problem` is "" for a good picture.
 
-    Width and height are those of the upright picture, `brightest` is its brightest grey, 0 to 255.
+    Width and height are those of the upright picture, `brightest` is its brightest grey, 0 to 255;
+    `transparent`: some of it is.
     """
 
     suffix: str
@@ -38,6 +40,7 @@ class Verdict:
     width: int = 0
     height: int = 0
     brightest: int = 0
+    transparent: bool = False
 
 
 class PictureCheck:
@@ -77,9 +80,16 @@ def examine(data: bytes, max_pixels: int) -> Verdict:
             if image.getexif().get(ExifTags.Base.Orientation, 1) in _LYING:
                 width, height = height, width
             brightest = max(grey for grey, count in enumerate(image.convert("L").histogram()) if count)
+            transparent = image.has_transparency_data and _see_through(image)
     except Exception as error:
         return Verdict(suffix, f"cannot be decoded: {str(error)[:120] or type(error).__name__}")
-    return Verdict(suffix, "", width, height, brightest)
+    return Verdict(suffix, "", width, height, brightest, transparent)
+
+
+def _see_through(image: ImageFile) -> bool:
+    """Whether any pixel is less than opaque."""
+    darkest, _ = image.convert("RGBA").getchannel("A").getextrema()
+    return isinstance(darkest, int | float) and darkest < _OPAQUE
 
 
 def _format(data: bytes) -> str:

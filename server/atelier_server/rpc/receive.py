@@ -15,6 +15,7 @@ from atelier_server.errors import AtelierError, InvalidRequest, UploadIncomplete
 from atelier_server.jobs.uploads import PictureUpload
 from atelier_server.rpc.codec.checks import shown
 from atelier_server.rpc.pictures import PictureCheck
+from atelier_server.rpc.remarks import Received
 
 _CAPTION_CHARACTERS = 10_000
 _PATIENCE_SECONDS = 2.0
@@ -33,6 +34,8 @@ class PictureReader:
         self._first: training_pb2.TrainRequest.ImageChunk | None = None
         self._data = bytearray()
         self._count = 0
+        self._names: dict[int, str] = {}  # of those kept, by their number
+        self.received: list[Received] = []
 
     async def read(self, stream: AsyncIterator[training_pb2.TrainRequest], *, optional: bool = False) -> None:
         """Until the client half-closes. `optional`: no picture at all is fine too.
@@ -98,8 +101,14 @@ class PictureReader:
                     f"{_CAPTION_CHARACTERS}",
                 )
             )
-        if not self._violations:
-            await self._upload.add(data, verdict.suffix, first.caption)
+        if self._violations:
+            return
+        number = await self._upload.add(data, verdict.suffix, first.caption)
+        twin = self._names.get(number)
+        self._names.setdefault(number, first.filename)
+        self.received.append(
+            Received(first.filename, first.caption, verdict.width, verdict.height, verdict.transparent, twin)
+        )
 
 
 @asynccontextmanager

@@ -7,6 +7,7 @@ import importlib.util
 import torch
 
 from atelier_server.core import TrainingAbilities
+from atelier_server.diffusion.base import BaseModel
 
 # The methods of this trainer.
 METHODS = ("lora",)
@@ -39,15 +40,27 @@ UNHEEDED = (
     "priority",
 )
 _OPTIMIZERS = ("adamw",)
+_END_OF_WORD = "</w>"
 
 
-def abilities(device: torch.device, *, inpainting: bool) -> TrainingAbilities:
-    """With a base on this device. An inpainting base is not taught at all: its U-Net wants a mask besides."""
+def abilities(base: BaseModel) -> TrainingAbilities:
+    """With this base on its device. An inpainting base is not taught at all: its U-Net wants a mask, too."""
     return TrainingAbilities(
-        methods=() if inpainting else METHODS,
-        optimizers=_optimizers(device),
-        precisions=_precisions(device),
+        methods=() if base.inpainting else METHODS,
+        optimizers=_optimizers(base.device),
+        precisions=_precisions(base.device),
         unheeded=UNHEEDED,
+        vocabulary=_vocabulary(base),
+    )
+
+
+def _vocabulary(base: BaseModel) -> frozenset[str]:
+    """Whole words and special tokens of its tokenizers. CLIP's mark ends of words, and know no capitals."""
+    return frozenset(
+        piece.removesuffix(_END_OF_WORD).lower()
+        for encoder in base.encoders
+        for piece in encoder.tokenizer.get_vocab()
+        if piece.endswith(_END_OF_WORD) or piece in encoder.tokenizer.all_special_tokens
     )
 
 

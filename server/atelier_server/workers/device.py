@@ -51,7 +51,7 @@ def describe(base: BaseModel, prediction_type: str, controlnets: tuple[ControlNe
         controlnets=controlnets,
         max_clip_skip=base.max_clip_skip,
         scheduler_options=tuple(all_options()),
-        training=abilities(base.device, inpainting=base.inpainting),
+        training=abilities(base),
     )
 
 

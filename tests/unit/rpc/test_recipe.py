@@ -200,6 +200,16 @@ def test_what_a_server_cannot_do_is_refused_by_name() -> None:
     assert not decode(base, use_ema=False).use_ema
 
 
+def test_a_word_of_the_base_is_no_new_token() -> None:
+    can = replace(ALL, vocabulary=frozenset({"octopus", "plush"}))
+    base = replace(BASE, training=can)
+    tokens: dict[str, object] = {"method": "pivotal", "placeholder_tokens": ["<otto>", "Octopus"]}
+    found = refused(base, **tokens, initializer_token="blue octopus")
+    assert "'Octopus' is a word that the base has already" in found["recipe.placeholder_tokens[1]"]
+    assert "single word" in found["recipe.initializer_token"]
+    assert decode(base, method="pivotal", placeholder_tokens=["<otto>"], initializer_token="octopus")
+
+
 @settings(max_examples=100)
 @given(
     st.fixed_dictionaries(

@@ -23,6 +23,7 @@ def check_contradictions(checks: Checks, recipe: Recipe, values: Mapping[str, An
     _check_class(checks, recipe)
     _check_text(checks, recipe, values)
     _check_tokens(checks, recipe)
+    _check_vocabulary(checks, recipe, base.training.vocabulary)
     _check_rows(checks, recipe)
 
 
@@ -111,6 +112,23 @@ def _check_tokens(checks: Checks, recipe: Recipe) -> None:
             checks.refuse(
                 f"recipe.{field}", f"{_told(value)} is about placeholder_tokens, and there are none"
             )
+
+
+def _check_vocabulary(checks: Checks, recipe: Recipe, vocabulary: frozenset[str]) -> None:
+    if not vocabulary or not recipe.learns_tokens:
+        return
+    for i, token in enumerate(recipe.placeholder_tokens):
+        if token.lower() in vocabulary:
+            checks.refuse(
+                f"recipe.placeholder_tokens[{i}]",
+                f"{shown(token)} is a word that the base has already; choose another, e.g. <my-{token}>",
+            )
+    initializer = recipe.initializer_token.strip().lower()
+    if initializer and initializer not in vocabulary:
+        checks.refuse(
+            "recipe.initializer_token",
+            f"{shown(recipe.initializer_token)} is not a single word (token) of the base's vocabulary",
+        )
 
 
 def _check_rows(checks: Checks, recipe: Recipe) -> None:
