@@ -20,7 +20,7 @@ from atelier_server.adapters.bank import SlotBank
 from atelier_server.adapters.layers import BankLayer
 from atelier_server.adapters.slots import GroupKey, SlotGroup, group_key
 from atelier_server.config import Settings
-from atelier_server.training.methods.lora import TARGETS
+from atelier_server.training.methods.low_rank import ATTENTION
 
 RANKS = (16, 64, 128)
 TRAINED_RANK = 16
@@ -108,7 +108,7 @@ def row(family: Family, slots: int) -> tuple[str, ...]:
     shapes = [
         layer.weight.shape
         for name, layer in bank.layers.items()
-        if name.startswith("unet.") and name.endswith(TARGETS)
+        if name.startswith("unet.") and name.endswith(ATTENTION)
     ]
     return (
         family.name,

@@ -41,12 +41,30 @@ RECIPE = Recipe(
     learning_rate=1e-3,
     seed=11,
 )
+WORDS = {"placeholder_tokens": ("<otto>",), "initializer_token": "octopus"}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
+    "text": {"train_text_encoder": True, "text_encoder_lr": 5e-4},
+    "layers": {"target_modules": ("attention", "feed_forward", "convolutions"), "use_rslora": True},
+    "dora": {"target_modules": ("attention", "convolutions"), "use_dora": True, "train_text_encoder": True},
+    "pissa": {"init_lora_weights": "pissa", "rank": 4},
+    "olora": {"init_lora_weights": "olora", "rank": 4},
+    "orthogonal": {"init_lora_weights": "orthogonal", "use_rslora": True},
+    "textual_inversion": {**WORDS, "method": "textual_inversion", "num_vectors": 2},
+    "pivotal": {**WORDS, "method": "pivotal", "train_text_encoder_ti_frac": 0.4, "token_lr": 1e-2},
 }
 BESIDE = ("alone", "shared", "serving")
 # What `make test` takes: every method, every family, every company.
-QUICK = {("lora", "sd1", "alone"), ("lora", "sd2", "serving"), ("lora", "sdxl", "shared")}
+QUICK = {
+    ("lora", "sd1", "alone"),
+    ("lora", "sd2", "serving"),
+    ("text", "sdxl", "shared"),
+    ("dora", "sd2", "shared"),
+    ("pissa", "sd1", "serving"),
+    ("olora", "sdxl", "alone"),
+    ("textual_inversion", "sd1", "shared"),
+    ("pivotal", "sdxl", "serving"),
+}
 CASES = [
     pytest.param(case, id="-".join(case), marks=() if case in QUICK else pytest.mark.soak)
     for case in itertools.product(METHODS, FAMILIES, BESIDE)

@@ -47,6 +47,8 @@ from atelier_server.adapters.layers import (
 from atelier_server.adapters.leaves import LeafSet, shared
 from atelier_server.adapters.slots import GroupKey, SlotGroup, component_of, group_key
 from atelier_server.adapters.words import (
+    BankEmbedding,
+    Tokens,
     Words,
     check_tokens,
     resident,
@@ -228,8 +230,8 @@ class SlotBank:
             mixed, changed = differences.alone(own, pairs)
             deltas |= mixed
             norms |= changed
-        words = words_of([resident(adapter.tokens, self._vocabularies)], self._vocabularies)
-        return ActiveRows(1, (), MappingProxyType(deltas), MappingProxyType(norms)), words
+        active = ActiveRows(1, (), MappingProxyType(deltas), MappingProxyType(norms))
+        return active, self.spoken(adapter.tokens)
 
     def words(self, row: Sequence[tuple[int, float]]) -> Words:
         """The learned tokens of a row's adapters; their weights do not scale them.
@@ -238,6 +240,14 @@ class SlotBank:
         """
         used = [slot for slot, _ in self._ordered(row) if self._held[slot].tokens]
         return words_of([self._held[slot].tokens for slot in used], self._vocabularies)
+
+    def vocabulary(self, encoder: str) -> BankEmbedding:
+        """Of a text encoder that was wrapped."""
+        return self._vocabularies[encoder]
+
+    def spoken(self, tokens: Tokens) -> Words:
+        """The words of tokens that lie in no slot. Within the graph of their vectors."""
+        return words_of([resident(tokens, self._vocabularies)], self._vocabularies)
 
     @contextmanager
     def use(self, rows: ActiveRows | None, words: Words | None = None) -> Iterator[None]:

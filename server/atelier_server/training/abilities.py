@@ -10,22 +10,14 @@ from atelier_server.core import TrainingAbilities
 from atelier_server.diffusion.base import BaseModel
 
 # The methods of this trainer.
-METHODS = ("lora",)
+METHODS = ("lora", "textual_inversion", "pivotal")
 # Fields of a recipe that it does not heed yet.
 UNHEEDED = (
     "class_prompt",
     "with_prior_preservation",
     "output_preservation_weight",
-    "train_text_encoder",
-    "target_modules",
-    "use_dora",
-    "use_rslora",
-    "init_lora_weights",
-    "gradient_accumulation_steps",
     "noise_offset",
     "use_ema",
-    "lr_num_cycles",
-    "lr_power",
     "mixed_precision",
     "repeats",
     "aspect_ratio_buckets",
@@ -33,8 +25,6 @@ UNHEEDED = (
     "cache_latents",
     "cache_text_embeddings",
     "validation_split",
-    "exact",
-    "batch_bucket",
     "keep_last",
     "keep_every",
     "priority",

@@ -23,8 +23,8 @@ from atelier_server.diffusion.conditioning import Conditioning
 from atelier_server.diffusion.denoiser import Denoiser
 from atelier_server.errors import AtelierError
 
-Gradients = Sequence[Tensor | None]
-"""One a parameter, None for one that the loss does not depend on."""
+Gradients = Sequence[Tensor]
+"""One a parameter, zeros where the loss does not depend on it: a token that no caption of the rows has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +109,14 @@ def _learned(batches: Sequence[MicroBatch]) -> list[tuple[Tensor, Gradients]]:
     """Each one's loss, and the gradients of its parameters."""
     parameters = [parameter for batch in batches for parameter in batch.parameters]
     with _losses(batches) as losses:
+        total = torch.stack(losses).sum()
         # One backward of the sum: rows have nothing in common, so neither have the gradients. Not `backward`,
         # which would leave half of them behind where it runs out of memory.
-        gradients = torch.autograd.grad(torch.stack(losses).sum(), parameters, allow_unused=True)
+        gradients = (
+            torch.autograd.grad(total, parameters, materialize_grads=True)
+            if total.requires_grad
+            else [torch.zeros_like(parameter) for parameter in parameters]
+        )
     result: list[tuple[Tensor, Gradients]] = []
     for batch, loss in zip(batches, losses, strict=True):
         count = len(batch.parameters)

@@ -59,15 +59,13 @@ class Learning:
         """How many gradients are in the next step so far."""
         return self._micro_steps
 
-    def add(self, gradients: Sequence[Tensor | None]) -> bool:
+    def add(self, gradients: Sequence[Tensor]) -> bool:
         """Takes a micro-step's gradients, in the order of `parameters`; whether the optimizer's step is due.
 
         They are means over the micro-step's rows, and count as its part of the step.
         """
         count = self._recipe.gradient_accumulation_steps
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            if gradient is None:
-                continue
             part = gradient / count if count > 1 else gradient
             parameter.grad = part if parameter.grad is None else parameter.grad.add_(part)
         self._micro_steps += 1

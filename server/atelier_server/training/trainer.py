@@ -97,6 +97,7 @@ class Trainer:
     def _enter(self, phase: Phase) -> None:
         """From here on the parts of this phase learn."""
         self._phase = phase
+        self._method.enter(phase)
         parts = [part for part in self._method.parts if part.name in phase.parts]
         self._learning = Learning(parts, self._recipe, phase.end - phase.begin)
         self._texts.forget()

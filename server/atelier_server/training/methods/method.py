@@ -48,6 +48,9 @@ class Method(ABC):
         """The tokens that captions may use, within the graph."""
         return Words()
 
+    def enter(self, phase: Phase) -> None:  # noqa: B027 - most have one
+        """Called when a phase begins, or goes on from a checkpoint."""
+
     def hears(self, phase: Phase) -> bool:
         """Whether captions become something else with each step of a phase."""
         return any(part != "unet" for part in phase.parts)
