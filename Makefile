@@ -55,9 +55,15 @@ licences: .venv
 sbom: .venv
 	$(BIN)/python .ci/supply.py sbom build/sbom.json
 
-# promtool and prometheus into tools/bin, without root.
-tools:
+# promtool and prometheus into tools/bin, without root; torchao into tools/torchao.
+tools: tools/torchao/.installed
 	.ci/tools
+
+# Beside .venv and not in it: where torchao is found, diffusers imports it with every process that paints.
+tools/torchao/.installed: pyproject.toml constraints.txt | .venv
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --target $(@D) torchao
+	touch $@
 
 protos: .venv
 	rm -f client/atelier/v1/*_pb2*

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 
 from atelier_server import pocket
 from atelier_server.adapters.canonical import CanonicalAdapter, LoraModule
-from atelier_server.adapters.exporter import write_adapter
+from atelier_server.adapters.exporter import Layout, write_adapter
 
 
 def random_adapter(seed: int, *, rank: int, alpha: float, convolutions: bool = False) -> CanonicalAdapter:
@@ -38,8 +38,17 @@ def _unet() -> torch.nn.Module:
     return unet
 
 
-def write(adapter: CanonicalAdapter, path: Path) -> Path:
-    write_adapter(adapter, path)
+def weights() -> dict[str, torch.Tensor]:
+    """Of pocket's U-Net, by layer."""
+    return {
+        f"unet.{name}": module.weight.detach()
+        for name, module in _unet().named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+    }
+
+
+def write(adapter: CanonicalAdapter, path: Path, layout: Layout = "diffusers") -> Path:
+    write_adapter(adapter, path, layout)
     return path
 
 

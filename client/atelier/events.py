@@ -145,6 +145,7 @@ class Receipt:
     controlnets: tuple[ReceiptControlNet, ...] = ()
     clip_skip: int = 0
     batch_buckets: tuple[int, ...] = ()
+    quantization: str = ""
 
 
 @dataclass(frozen=True, slots=True)

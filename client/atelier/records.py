@@ -197,6 +197,7 @@ class BaseModel:
     max_prompt_tokens: int
     num_parameters: int
     inpainting: bool = False
+    quantization: str = ""
 
 
 @dataclass(frozen=True, slots=True)

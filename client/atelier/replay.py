@@ -18,7 +18,7 @@ from atelier.client import Client
 from atelier.control import Control
 from atelier.events import Image, Receipt, ReceiptAdapter, ReceiptControlNet
 from atelier.fields import PictureFile
-from atelier.records import ServerInfo
+from atelier.records import BaseModel, ServerInfo
 from atelier.selection import Selection
 
 _FORMATS = {"PNG": "png", "JPEG": "jpeg", "WEBP": "webp"}
@@ -127,9 +127,14 @@ def check_base(receipt: Receipt, info: ServerInfo) -> None:
     base = info.base_model
     if base is not None and base.sha256 and base.sha256 != receipt.base_sha256:
         raise ValueError(
-            f"the picture was painted with {receipt.base_model} (sha256 {receipt.base_sha256[:12]}...), "
-            f"the server has {base.reference} (sha256 {base.sha256[:12]}...)"
+            f"the picture was painted with {_told(receipt.base_model, receipt)} "
+            f"(sha256 {receipt.base_sha256[:12]}...), "
+            f"the server has {_told(base.reference, base)} (sha256 {base.sha256[:12]}...)"
         )
+
+
+def _told(reference: str, of: Receipt | BaseModel) -> str:
+    return f"{reference} in {of.quantization}" if of.quantization else reference
 
 
 def compare(file: bytes, receipt: Receipt, image: Image) -> Replayed:
@@ -146,9 +151,9 @@ def compare(file: bytes, receipt: Receipt, image: Image) -> Replayed:
 
 
 def _changes(before: Receipt, after: Receipt) -> Iterable[str]:
-    for name in ("dtype", "device"):
+    for name in ("dtype", "device", "quantization"):
         if getattr(before, name) != getattr(after, name):
-            yield f"{name} {getattr(before, name)}, now {getattr(after, name)}"
+            yield f"{name} {getattr(before, name) or 'none'}, now {getattr(after, name) or 'none'}"
     for package in sorted({*before.versions, *after.versions}):
         was, now = (receipt.versions.get(package, "none") for receipt in (before, after))
         if was != now:

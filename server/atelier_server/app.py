@@ -269,6 +269,8 @@ def worker_settings(settings: Settings, data_dir: Path, owner: str) -> WorkerSet
         store_cache_bytes=settings.store_cache_bytes,
         owner=owner,
         controlnets=settings.controlnets,
+        quantize=settings.quantize,
+        offload=settings.offload,
     )
 
 

@@ -67,6 +67,7 @@ class Receipt:
     controlnets: tuple[ControlNetReceipt, ...] = ()
     clip_skip: int = 0
     batch_buckets: tuple[int, ...] = ()
+    quantization: str = ""
 
     def embedded(self) -> dict[str, object]:
         """As JSON takes it, without what is not set."""
@@ -119,5 +120,6 @@ def receipt(
             for use in job.controlnets
         ),
         clip_skip=job.clip_skip,
+        quantization=base.quantization,
         **asdict(job.scheduler_options),
     )

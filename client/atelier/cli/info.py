@@ -21,7 +21,8 @@ def info(*, server: flags.Server = flags.DEFAULT_SERVER, json: flags.Json = Fals
         output.out(f"{server}: {'ready' if told.ready else f'not ready: {told.message}'}")
         output.out(f"base     {base.reference or '-'} ({base.family}), {base.num_parameters / 1e6:.1f} M")
         output.out(f"pictures {base.native_width} x {base.native_height}, scheduler {base.default_scheduler}")
-        output.out(f"device   {device.name} {device.dtype}, {device.description}")
+        dtype = f"{device.dtype}{f' ({base.quantization} weights)' if base.quantization else ''}"
+        output.out(f"device   {device.name} {dtype}, {device.description}")
         output.out(f"slots    {slots.used} of {slots.total}: {', '.join(slots.adapters) or '-'}")
         quotas = {name: value for name, value in asdict(told.quotas).items() if value is not None}
         bounds = ", ".join(f"{name} {value}" for name, value in quotas.items())

@@ -161,6 +161,7 @@ class BaseModel(_message.Message):
     MAX_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_PARAMETERS_FIELD_NUMBER: _builtins.int
     INPAINTING_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
     reference: _builtins.str
     """As given to `serve --model`."""
     family: _builtins.str
@@ -178,6 +179,8 @@ class BaseModel(_message.Message):
     num_parameters: _builtins.int
     inpainting: _builtins.bool
     """The base is an inpainting model: every picture needs `image` and `mask_image`."""
+    quantization: _builtins.str
+    """Of the U-Net's linear layers: int8, fp8, or empty. Another quantization is another base: its digest differs."""
     def __init__(
         self,
         *,
@@ -191,10 +194,11 @@ class BaseModel(_message.Message):
         max_prompt_tokens: _builtins.int = ...,
         num_parameters: _builtins.int = ...,
         inpainting: _builtins.bool = ...,
+        quantization: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_scheduler", b"default_scheduler", "family", b"family", "inpainting", b"inpainting", "max_prompt_tokens", b"max_prompt_tokens", "native_height", b"native_height", "native_width", b"native_width", "num_parameters", b"num_parameters", "prediction_type", b"prediction_type", "reference", b"reference", "sha256", b"sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_scheduler", b"default_scheduler", "family", b"family", "inpainting", b"inpainting", "max_prompt_tokens", b"max_prompt_tokens", "native_height", b"native_height", "native_width", b"native_width", "num_parameters", b"num_parameters", "prediction_type", b"prediction_type", "quantization", b"quantization", "reference", b"reference", "sha256", b"sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

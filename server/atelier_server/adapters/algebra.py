@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from atelier_server.adapters.canonical import LoraModule, Module
-from atelier_server.adapters.changes import change_of
+from atelier_server.adapters.changes import change_of, full
 
 _OVERSAMPLING, _POWER_ITERATIONS = 16, 12
 _ROUNDING = 1e-6  # of the largest singular value
@@ -40,13 +40,13 @@ def weight_change(module: Module, layer: nn.Module) -> Change | None:
     if not isinstance(module, LoraModule) and module.magnitude is None:
         return None if module.weight is None else _matrix(module.weight)
     assert isinstance(layer, nn.Linear | nn.Conv2d)
-    change, weight = change_of(module, layer), _matrix(layer.weight)
+    change, weight = change_of(module, layer), _matrix(full(layer.weight))
     # Of DoRA: what the bank adds at weight 1, as one matrix.
     total = torch.zeros_like(weight)
     if change.gain is not None:
         total += change.gain.cpu()[:, None] * weight
     if change.difference is not None and change.difference.weight is not None:
-        own = change.difference.weight
+        own = full(change.difference.weight)
         total += _matrix(own if change.difference.inputs is None else own * change.difference.inputs)
     if (pair := change.low_rank) is not None:
         total += pair.alpha / pair.rank * (_matrix(pair.B) @ _matrix(pair.A))

@@ -52,6 +52,11 @@ class LayerChange:
     difference: Difference | None = None
 
 
+def full(weight: Tensor) -> Tensor:
+    """The matrix that a layer multiplies with, for arithmetic: of a quantised one (torchao's) a copy."""
+    return weight.dequantize() if hasattr(weight, "__tensor_flatten__") else weight
+
+
 def change_of(module: Module, layer: nn.Linear | nn.Conv2d) -> LayerChange:
     """The change that `module` makes to `layer`, on the layer's device. Plain LoRA comes back as it is."""
     if isinstance(module, LoraModule) and module.magnitude is None and module.bias is None:
@@ -74,9 +79,10 @@ def _change_of(module: Module, layer: nn.Linear | nn.Conv2d) -> LayerChange:
         return LayerChange(shift=shift)
     change = module.weight.to(device, torch.float32).reshape(layer.weight.shape)
     if module.magnitude is not None:
-        total = layer.weight.float() + change
+        weight = full(layer.weight).float()
+        total = weight + change
         scale = _scale(total, module.magnitude.to(device, torch.float32))
-        change = total * _along(scale, module.magnitude.dim() - 1, total.dim()) - layer.weight.float()
+        change = total * _along(scale, module.magnitude.dim() - 1, total.dim()) - weight
     return LayerChange(shift=shift, difference=Difference(change.to(layer.weight.dtype)))
 
 
@@ -84,7 +90,7 @@ def _dora(
     pair: LoraModule, layer: nn.Linear | nn.Conv2d, product: Tensor, magnitude: Tensor, shift: Tensor | None
 ) -> LayerChange:
     weight = layer.weight
-    scale = _scale(weight.float() + product.reshape(weight.shape), magnitude)
+    scale = _scale(full(weight).float() + product.reshape(weight.shape), magnitude)
     if magnitude.dim() == 1:
         if layer.bias is not None:
             correction = (1 - scale) * layer.bias.float()

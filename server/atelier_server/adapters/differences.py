@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atelier_server.adapters.changes import Difference, LayerChange
+from atelier_server.adapters.changes import Difference, LayerChange, full
 from atelier_server.adapters.layers import BankGroupNorm, BankNorm, RowDelta
 
 WeightedRow = Sequence[tuple[int, float]]
@@ -53,7 +53,7 @@ class MixedDelta:
             assert weight is not None
             if term.difference.inputs is not None:
                 inputs = inputs * term.difference.inputs
-            flat[term.row].addmm_(inputs, weight.t(), alpha=term.factor)
+            flat[term.row].addmm_(inputs, full(weight).t(), alpha=term.factor)
         y = flat.reshape(y.shape)
         return y if self.low_rank is None else self.low_rank.linear(x, y)
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from atelier_server.adapters.changes import full
 from atelier_server.adapters.layers import Delta, checked_rows
 
 Pair = tuple[Tensor, Tensor]
@@ -92,7 +93,7 @@ class DoraLeaf:
     @torch.no_grad()
     def _norms(self) -> Tensor:
         """[o]"""
-        weight = self.layer.weight.flatten(1).to(self.magnitude.dtype)
+        weight = full(self.layer.weight).flatten(1).to(self.magnitude.dtype)
         norms: Tensor = torch.linalg.vector_norm(weight + self.low_rank.weight_change(), dim=1)
         return norms
 

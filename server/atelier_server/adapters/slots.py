@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence, Set
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,8 +44,9 @@ class SlotGroup:
         self._max_rank = max_rank
         self._held: dict[int, frozenset[str]] = {}
         shape = (len(layers), slots * max_rank)
-        self.A = weight.new_zeros(*shape, *weight.shape[1:], requires_grad=False)
-        self.Bt = weight.new_zeros(*shape, weight.shape[0], requires_grad=False)
+        like: Any = {"dtype": weight.dtype, "device": weight.device}
+        self.A = torch.zeros(*shape, *weight.shape[1:], **like)
+        self.Bt = torch.zeros(*shape, weight.shape[0], **like)
 
     def write(self, slot: int, modules: Mapping[str, LoraModule], factors: Mapping[str, float]) -> None:
         """Puts A, and B times the layer's factor, into the slot in place of what it held."""

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
 _NOTICE_SECONDS = 5.0
+_OFFLOADABLE = ("text_encoders", "vae")
 
 
 class Limits(BaseModel):
@@ -98,6 +99,13 @@ class Settings(BaseModel):
     compile: bool = Field(
         default=False, description="compile the U-Net's blocks: a slower start, faster steps"
     )
+    quantize: Literal["", "int8", "fp8"] = Field(
+        default="", description="the U-Net's linear layers in eight bits: less memory; needs [quantize]"
+    )
+    offload: tuple[str, ...] = Field(
+        default=(),
+        description="text_encoders, vae: on the GPU only while they are used; several: again, or by commas",
+    )
     host_adapter_bytes: int = Field(
         default=2 * 2**30, ge=0, description="adapters kept in host memory, ready for a slot"
     )
@@ -144,6 +152,18 @@ class Settings(BaseModel):
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"{twice[0]!r} is there twice; give each ControlNet a name of its own")
         return tuple(pairs)
+
+    @field_validator("offload", mode="before")
+    @classmethod
+    def _components(cls, value: object) -> object:
+        parts = [value] if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+            raise ValueError(f"is no list of {' and '.join(_OFFLOADABLE)}")
+        named = [name.strip() for part in parts for name in part.split(",") if name.strip()]
+        for name in named:
+            if name not in _OFFLOADABLE:
+                raise ValueError(f"{name!r} is none of {', '.join(_OFFLOADABLE)}")
+        return tuple(dict.fromkeys(named))
 
     @field_validator("store")
     @classmethod

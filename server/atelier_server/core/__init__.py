@@ -243,7 +243,8 @@ class Costs:
 @dataclass(frozen=True, slots=True)
 class BaseInfo:
     """The resident base model. `scheduler_options`: of each scheduler, which `SchedulerOptions` it has;
-    `inpainting`: its U-Net wants a picture and a mask besides; `training`: how it can be taught.
+    `inpainting`: its U-Net wants a picture and a mask besides; `training`: how it can be taught;
+    `quantization`: of the U-Net's linear layers ("", int8, fp8).
     """
 
     reference: str
@@ -265,3 +266,4 @@ class BaseInfo:
     max_clip_skip: int = 0
     scheduler_options: tuple[tuple[str, tuple[str, ...]], ...] = ()
     training: TrainingAbilities = field(default_factory=TrainingAbilities)
+    quantization: str = ""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,18 +17,35 @@ from atelier_server.diffusion import prompts
 from atelier_server.diffusion.conditioning import TextEmbeds
 from atelier_server.diffusion.families import Family, UnsupportedModel
 from atelier_server.diffusion.loading import load_pipeline
+from atelier_server.diffusion.offload import Offloaded
+from atelier_server.diffusion.quantization import Quantization, quantize
 from atelier_server.diffusion.text import TextEncoder, WordIds
 
+_log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class BaseModel:
-    """Text encoders, VAE and U-Net of one base on one device, in evaluation mode and without gradients."""
+    """Text encoders, VAE and U-Net of one base on one device, in evaluation mode and without gradients.
 
-    def __init__(self, pipeline: Any, *, family: Family, reference: str, sha256: str) -> None:
+    `quantization`: of the U-Net's linear layers. `offloaded`: components that rest in CPU memory.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        family: Family,
+        reference: str,
+        sha256: str,
+        quantization: Quantization = "",
+        offloaded: Mapping[str, Offloaded] = MappingProxyType({}),
+    ) -> None:
         self.family = family
         self.reference = reference
         self.sha256 = sha256
+        self.quantization = quantization
+        self.offloaded = offloaded
         self.modules: dict[str, nn.Module] = {name: getattr(pipeline, name) for name in family.components}
         self.unet = pipeline.unet
         self.vae = pipeline.vae
@@ -58,6 +77,18 @@ class BaseModel:
     def num_parameters(self) -> int:
         return sum(p.numel() for module in self.modules.values() for p in module.parameters())
 
+    @contextmanager
+    def at_work(self, *components: str) -> Iterator[None]:
+        """Inside, these components are on the device, wherever they rest.
+
+        Everything here sees to it by itself; it is for who touches them from outside, or uses them often.
+        """
+        with ExitStack() as stack:
+            for name in components:
+                if (offloaded := self.offloaded.get(name)) is not None:
+                    stack.enter_context(offloaded.at_work())
+            yield
+
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a picture of that many pixels."""
         return self.latent_channels, height // self.latent_scale, width // self.latent_scale
@@ -71,7 +102,8 @@ class BaseModel:
         tokens that it may use. Always one text at a time, so that the bits do not depend on what else is
         encoded. ValueError for one that is too long.
         """
-        return prompts.encode(self.family, self.encoders, text, clip_skip, words)
+        with self.at_work(*self.family.text_encoders):
+            return prompts.encode(self.family, self.encoders, text, clip_skip, words)
 
     def encode_negative(
         self, text: str, *, words: Mapping[str, WordIds] = MappingProxyType({})
@@ -83,7 +115,8 @@ class BaseModel:
     def encode_caption(self, text: str, *, words: Mapping[str, WordIds] = MappingProxyType({})) -> TextEmbeds:
         """A training picture's caption, word for word; what does not fit the encoders is cut off."""
         ids = [encoder.tokenize(text, words.get(encoder.name)) for encoder in self.encoders]
-        return self.family.encode(self.encoders, ids, 0)
+        with self.at_work(*self.family.text_encoders):
+            return self.family.encode(self.encoders, ids, 0)
 
     @property
     def max_clip_skip(self) -> int:
@@ -97,7 +130,8 @@ class BaseModel:
 
         Both are in the units the U-Net works in (see `_latent_units`).
         """
-        posterior = self.vae.encode(pixels[None].to(self.device, self.vae.dtype)).latent_dist
+        with self.at_work("vae"):
+            posterior = self.vae.encode(pixels[None].to(self.device, self.vae.dtype)).latent_dist
         shift, scale = self._latent_units()
         return (posterior.mean[0] - shift) * scale, posterior.std[0] * scale
 
@@ -110,7 +144,8 @@ class BaseModel:
         shift, scale = self._latent_units()
         latents = latents.to(self.vae.dtype) / scale + shift
         decode = self.vae.tiled_decode if tiled else self.vae.decode
-        image = decode(latents[None], return_dict=False)[0][0]
+        with self.at_work("vae"):
+            image = decode(latents[None], return_dict=False)[0][0]
         return (image / 2 + 0.5).clamp(0, 1).float().cpu()  # type: ignore[no-any-return]
 
     def _latent_units(self) -> tuple[Tensor | float, Tensor | float]:
@@ -126,13 +161,46 @@ class BaseModel:
         return channels(mean), config.scaling_factor / channels(std)
 
 
-def load_base(reference: str, device: str = "auto", dtype: str = "auto") -> BaseModel:
-    """A base from whatever `load_pipeline` takes. Raises UnsupportedModel or OSError."""
+def load_base(
+    reference: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    quantization: Quantization = "",
+    offload: Collection[str] = (),
+) -> BaseModel:
+    """A base from whatever `load_pipeline` takes. Raises UnsupportedModel or OSError.
+
+    `offload`: "text_encoders", "vae"; they rest in CPU memory. On a CPU that is where they are anyway.
+    """
     target = torch.device(_resolve_device(device))
     loaded = load_pipeline(reference, _DTYPES[_resolve_dtype(dtype, target)])
+    pipeline, sha256 = loaded.pipeline, digest(loaded.files)
+    if quantization:
+        quantize(pipeline.unet, quantization, target)
+        # Other weights, and so another base.
+        sha256 = hashlib.sha256(f"{sha256} {quantization}".encode()).hexdigest()
+    resting = _resting(loaded.family, offload, target)
+    for name in loaded.family.components:
+        if name not in resting:
+            getattr(pipeline, name).to(target)
     return BaseModel(
-        loaded.pipeline.to(target), family=loaded.family, reference=reference, sha256=digest(loaded.files)
+        pipeline,
+        family=loaded.family,
+        reference=reference,
+        sha256=sha256,
+        quantization=quantization,
+        offloaded={name: Offloaded.on(getattr(pipeline, name), target) for name in resting},
     )
+
+
+def _resting(family: Family, offload: Collection[str], device: torch.device) -> tuple[str, ...]:
+    """The components that rest in CPU memory."""
+    if offload and device.type == "cpu":
+        _log.warning("offload %s: no effect, the device is the CPU", ", ".join(offload))
+        return ()
+    groups = {"text_encoders": family.text_encoders, "vae": ("vae",)}
+    return tuple(name for group in offload for name in groups[group])
 
 
 def _resolve_device(device: str) -> str:

@@ -32,6 +32,8 @@ class WorkerSettings:
     store_cache_bytes: int = 0
     owner: str = ""
     controlnets: tuple[tuple[str, str], ...] = ()
+    quantize: Literal["", "int8", "fp8"] = ""
+    offload: tuple[str, ...] = ()
     training_share: float = 0.5
 
 

@@ -33,13 +33,27 @@ _OPTIMIZERS = ("adamw",)
 _END_OF_WORD = "</w>"
 
 
+# Methods that change the U-Net's own weights, and those that learn in the text encoders at every step.
+_OF_WHOLE_WEIGHTS = {"dreambooth"}
+_OF_TEXTS = {"textual_inversion", "pivotal"}
+
+
 def abilities(base: BaseModel) -> TrainingAbilities:
-    """With this base on its device. An inpainting base is not taught at all: its U-Net wants a mask, too."""
+    """With this base on its device. An inpainting base is not taught at all: its U-Net wants a mask, too.
+
+    Quantised weights are too coarse to be changed themselves; LoRA learns on top of them. Text encoders that
+    rest in CPU memory learn nothing.
+    """
+    texts_rest = any(name in base.offloaded for name in base.family.text_encoders)
+    without = {*(_OF_WHOLE_WEIGHTS if base.quantization else ()), *(_OF_TEXTS if texts_rest else ())}
+    if base.inpainting:
+        without |= set(METHODS)
+    texts = ("train_text_encoder",) if texts_rest and "train_text_encoder" not in UNHEEDED else ()
     return TrainingAbilities(
-        methods=() if base.inpainting else METHODS,
+        methods=tuple(method for method in METHODS if method not in without),
         optimizers=_optimizers(base.device),
         precisions=_precisions(base.device),
-        unheeded=UNHEEDED,
+        unheeded=(*UNHEEDED, *texts),
         vocabulary=_vocabulary(base),
     )
 

@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from torch import nn
 from torch.nn.utils import skip_init
 
+from atelier_server.adapters.changes import full
 from atelier_server.adapters.layers import BankLayer
 from atelier_server.adapters.leaves import Pair
 from atelier_server.core import Recipe
@@ -84,7 +85,7 @@ def _bare(layer: BankLayer, *, with_weights: bool) -> nn.Module:
     else:
         bare = skip_init(nn.Linear, layer.in_features, layer.out_features, bias=False)  # type: ignore[no-untyped-call]
     if with_weights:
-        bare.weight = nn.Parameter(layer.weight.detach().to("cpu", torch.float32, copy=True))
+        bare.weight = nn.Parameter(full(layer.weight.detach()).to("cpu", torch.float32, copy=True))
     return bare
 
 

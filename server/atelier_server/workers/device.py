@@ -12,6 +12,7 @@ import torch
 
 from atelier_server.core import BaseInfo
 from atelier_server.diffusion.base import BaseModel
+from atelier_server.diffusion.quantization import stored_bytes
 from atelier_server.diffusion.schedulers import all_options, default_scheduler
 from atelier_server.engine.runner import Memory
 from atelier_server.errors import OutOfMemory
@@ -52,6 +53,7 @@ def describe(base: BaseModel, prediction_type: str, controlnets: tuple[ControlNe
         max_clip_skip=base.max_clip_skip,
         scheduler_options=tuple(all_options()),
         training=abilities(base),
+        quantization=base.quantization,
     )
 
 
@@ -98,8 +100,9 @@ def free_bytes(device: torch.device) -> int:
 
 
 def weight_bytes(base: BaseModel) -> int:
-    """Memory of the base's weights."""
-    return sum(p.nbytes for module in base.modules.values() for p in module.parameters())
+    """Memory of the base's weights on its device."""
+    resident = (module for name, module in base.modules.items() if name not in base.offloaded)
+    return sum(stored_bytes(p) for module in resident for p in module.parameters())
 
 
 def _description(device: torch.device) -> str:

@@ -34,6 +34,10 @@ class Probe:
         At weight 1, with its text encoders and learned tokens. Takes no slot: whatever is resident stays so.
         Raises AdapterMismatch where the output is not finite.
         """
+        with self._base.at_work(*self._base.family.text_encoders):
+            return self._measured(adapter)
+
+    def _measured(self, adapter: CanonicalAdapter) -> float:
         rows, words = self._bank.alone(adapter)
         prompt = " ".join([_PROMPT, *adapter.tokens])
         plain = self._forward(None, None, prompt) if adapter.tokens else self._plain

@@ -52,7 +52,13 @@ class TorchRunner:
     def __init__(self, settings: WorkerSettings) -> None:
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        self.base = load_base(settings.model, settings.device, settings.dtype)
+        self.base = load_base(
+            settings.model,
+            settings.device,
+            settings.dtype,
+            quantization=settings.quantize,
+            offload=settings.offload,
+        )
         self.bank = SlotBank(slots=settings.slots, max_rank=settings.max_lora_rank)
         for component in ("unet", *self.base.family.text_encoders):
             self.bank.wrap(self.base.modules[component], component)
@@ -168,9 +174,15 @@ class TorchRunner:
     # ------------------------------------------------------------------------------------------- adapters
     def load(self, use: AdapterUse, slot: int) -> str:
         adapter, held = self.host.fetch(use)
-        self.bank.load(slot, adapter)
+        with self._where_it_goes(adapter):
+            self.bank.load(slot, adapter)
         self._bank_bytes = self.bank.size_bytes
         return "host" if held else "disk"
+
+    def _where_it_goes(self, adapter: CanonicalAdapter) -> AbstractContextManager[None]:
+        """Text encoders that the adapter changes are on the device, and so is what the bank adds to them."""
+        names = {*adapter.modules, *(f"{n}." for by in adapter.tokens.values() for n in by)}
+        return self.base.at_work(*{name.partition(".")[0] for name in names})
 
     def prefetch(self, use: AdapterUse) -> None:
         self.host.prefetch(use)

@@ -52,6 +52,12 @@ def test_what_does_not_fit_together_is_refused(fields: dict[str, Any], message: 
         Settings(**fields)
 
 
+def test_what_is_offloaded_is_named() -> None:
+    assert Settings.model_validate({"offload": "text_encoders,vae,vae"}).offload == ("text_encoders", "vae")
+    with pytest.raises(ValidationError, match="'unet' is none of text_encoders, vae"):
+        Settings.model_validate({"offload": ["vae", "unet"]})
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "atelier.example.org"])
 def test_beyond_loopback_only_with_tls_and_an_identity(host: str) -> None:
     for fields, lacking in (({}, "TLS"), (TLS, "tokens"), (TOKENS, "TLS")):

@@ -44,6 +44,11 @@ def test_pocket_is_frozen_and_knows_its_sizes(base: BaseModel) -> None:
     assert len(base.sha256) == 64
 
 
+def test_without_torchao_it_says_what_to_install() -> None:
+    with pytest.raises(UnsupportedModel, match=r"--quantize int8 needs torchao.*atelier\[quantize\]"):
+        load_base("pocket", "cpu", quantization="int8")
+
+
 def test_a_folder_is_loaded_like_pocket(base: BaseModel, tmp_path: Path) -> None:
     loaded = load_base(str(copy_of_pocket(tmp_path / "model")), "cpu")
     assert loaded.sha256 == base.sha256

@@ -172,6 +172,7 @@ def encode_info(status: WorkerStatus, limits: Limits) -> server_pb2.GetServerInf
                 max_prompt_tokens=base.max_prompt_tokens,
                 num_parameters=base.num_parameters,
                 inpainting=base.inpainting,
+                quantization=base.quantization,
             )
         )
         message.controlnets.extend(

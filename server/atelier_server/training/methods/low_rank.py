@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from atelier_server.adapters.bank import SlotBank
 from atelier_server.adapters.canonical import LoraModule
+from atelier_server.adapters.changes import full
 from atelier_server.adapters.layers import BankLayer
 from atelier_server.adapters.leaves import AnyLeaf, DoraLeaf, Leaf, LeafSet, Pair
 from atelier_server.adapters.slots import component_of
@@ -105,7 +106,7 @@ def _targets(bank: SlotBank, recipe: Recipe, encoders: Sequence[str]) -> Iterato
 
 def _with_magnitude(leaf: Leaf, layer: BankLayer) -> DoraLeaf:
     """DoRA begins at the norms of the base's own weights."""
-    weight = layer.weight.detach().flatten(1).float() + leaf.weight_change()
+    weight = full(layer.weight.detach()).flatten(1).float() + leaf.weight_change()
     return DoraLeaf(leaf, nn.Parameter(torch.linalg.vector_norm(weight, dim=1)), layer)
 
 
