@@ -8,6 +8,7 @@ identity, as [B, -B0] [A; A0] of twice the rank (`LoraModel.subtract_mutated_ini
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -21,6 +22,8 @@ from atelier_server.adapters.leaves import Pair
 from atelier_server.core import Recipe
 from atelier_server.errors import InvalidRequest, Violation
 
+# LoftQ quantises the base; EVA, CorDA and LoRA-GA look at data first.
+_KNOWN = re.compile(r"gaussian|default|pissa(_niter_\d+)?|olora|orthogonal")
 _OUT_OF_THE_BASE = ("pissa", "olora")
 
 
@@ -35,6 +38,8 @@ def initial_pairs(layers: Mapping[str, BankLayer], recipe: Recipe) -> dict[str, 
     float32 on the CPU; no random number is drawn from anybody's generator. Raises InvalidRequest for an
     initialisation that PEFT has not, or not for these layers.
     """
+    if not _KNOWN.fullmatch(recipe.init_lora_weights):
+        raise _refused(recipe, "gaussian, default, pissa, pissa_niter_N, olora and orthogonal can be")
     skeleton = nn.Module()
     for name, layer in layers.items():
         _put(skeleton, name, _bare(layer, with_weights=is_out_of_the_base(recipe)))

@@ -63,12 +63,11 @@ class TrainerRuns:
         """
         others = [run.trainer for run in self._live if run.trainer is not trainer]
         peers = [other for other in others if other.kind is not None and other.kind == trainer.kind]
-        if not peers:
-            return trainer.rows
-        settled = [other.bucket for other in peers if other.bucket > other.rows]
-        if fitting := [bucket for bucket in settled if bucket >= trainer.rows]:
+        if fitting := [peer.bucket for peer in peers if peer.bucket >= max(trainer.rows, peer.rows + 1)]:
             return max(fitting)
-        rows = trainer.rows + sum(peer.rows for peer in peers if not peer.bucket)
+        if not (beginning := [peer.rows for peer in peers if not peer.bucket]):
+            return trainer.rows
+        rows = trainer.rows + sum(beginning)
         return next((bucket for bucket in ROW_BUCKETS if bucket >= rows), max(*ROW_BUCKETS, trainer.rows))
 
 

@@ -47,7 +47,8 @@ class Studio:
 def resident() -> tuple[BaseModel, SlotBank]:
     base = load_base("pocket", "cpu")
     bank = SlotBank(slots=4, max_rank=16)
-    bank.wrap(base.unet, "unet")
+    for component in ("unet", *base.family.text_encoders):
+        bank.wrap(base.modules[component], component)
     return base, bank
 
 
