@@ -26,6 +26,7 @@ from atelier_server.jobs.dispatch import CannotStart, Dispatcher, WorkerStatus
 from atelier_server.jobs.generations import Generations
 from atelier_server.jobs.last_used import LastUsed
 from atelier_server.jobs.listing import Listing
+from atelier_server.jobs.retention import Retention
 from atelier_server.jobs.training_log import TrainingLog
 from atelier_server.jobs.training_runs import TrainingRuns, count_checkpoints
 from atelier_server.jobs.trainings import Trainings
@@ -78,6 +79,7 @@ class Application:
             limit=limits.max_queued_trainings,
             row_seconds=lambda: self.status.costs.row_seconds,
         )
+        self._retention = Retention(self.trainings, seconds=settings.training_retention)
         self._calls = Calls(send)
         self._wardrobe = self._build_wardrobe()
         self._dispatcher = self._build_dispatcher()
@@ -86,7 +88,7 @@ class Application:
         self._health_server = build_health_server(self._health) if settings.health_port >= 0 else None
         self._metrics_server: MetricsServer | None = None
         self._dispatching: asyncio.Task[None] | None = None
-        self._housekeeping: asyncio.Task[None] | None = None
+        self._housekeeping: list[asyncio.Task[None]] = []
         self._leave = asyncio.Event()
         self._hurry = asyncio.Event()
         self.port = self.health_port = self.metrics_port = 0
@@ -148,6 +150,7 @@ class Application:
         except StoreUnavailable as error:
             raise StartError(f"--store: {error.message}") from error
         await self.trainings.sweep()
+        await self._retention.remove_orphans()
         self.metrics.stored_checkpoints(await asyncio.to_thread(count_checkpoints, self._store))
         self.port = listen(self._server, settings.host, settings.port, self._certificates)
         if self._health_server is not None:
@@ -165,7 +168,8 @@ class Application:
             await self._health_server.start()
         self._announce()
         self._dispatching = asyncio.create_task(self._dispatcher.run(), name="dispatch")
-        self._housekeeping = asyncio.create_task(self._wardrobe.keep_house(), name="housekeeping")
+        for chores in (self._wardrobe, self._retention):
+            self._housekeeping.append(asyncio.create_task(chores.keep_house(), name="housekeeping"))
 
     async def _worker_changed(self) -> None:
         await self._health.set_ready(self.status.ready)
@@ -233,7 +237,7 @@ class Application:
     async def stop(self) -> None:
         """Frees everything, in whatever state it is; trainings stay as they are written."""
         self._dispatcher.draining = True
-        tasks = [task for task in (self._dispatching, self._housekeeping) if task is not None]
+        tasks = [task for task in (self._dispatching, *self._housekeeping) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _NOTICE_SECONDS = 5.0
 _OFFLOADABLE = ("text_encoders", "vae")
 
@@ -95,6 +96,11 @@ class Settings(BaseModel):
     store: str = Field(default="", description="adapters elsewhere: s3://BUCKET/PREFIX; not set = DATA_DIR")
     store_cache_gb: float = Field(default=20.0, gt=0, description="files of a remote --store kept here")
     retention_days: float = Field(default=7.0, ge=0, description="deleted adapters can be undeleted so long")
+    training_retention: float | None = Field(
+        default=None,
+        ge=0,
+        description="keep the pictures of ended trainings so long: seconds, or e.g. 36h, 30d (default: kept)",
+    )
     slots: int = Field(default=16, ge=1, le=1024, description="adapters on the device")
     compile: bool = Field(
         default=False, description="compile the U-Net's blocks: a slower start, faster steps"
@@ -171,6 +177,13 @@ class Settings(BaseModel):
         if value and not re.fullmatch(r"[a-z][a-z0-9+]*://[^/\s]*(/\S*)?", value):
             raise ValueError(f"{value!r} is no URL such as s3://BUCKET/PREFIX")
         return value.rstrip("/")
+
+    @field_validator("training_retention", mode="before")
+    @classmethod
+    def _duration(cls, value: object) -> object:
+        if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", value.strip())):
+            return float(match[1]) * _UNITS[match[2]]
+        return value
 
     @field_validator("device")
     @classmethod

@@ -154,6 +154,13 @@ class Book:
         states = [state for state in State if not state.ended]
         return self._all(sa.select(trainings).where(trainings.c.state.in_(states)).order_by("number"))
 
+    def ended_before(self, time: float) -> list[str]:
+        """Ids of those that ended at or before `time` and have not gone on since."""
+        states = [state for state in State if state.ended]
+        query = sa.select(trainings.c.id).where(trainings.c.state.in_(states), trainings.c.end_time <= time)
+        with self._engine.connect() as connection:
+            return [str(row.id) for row in connection.execute(query.order_by("number"))]
+
     def steps_since(self, tenant: str, time: float) -> list[tuple[float, int]]:
         """When a tenant asked for how many steps, after `time`, oldest first; older ones are forgotten."""
         with self._engine.begin() as connection:

@@ -7,7 +7,9 @@ blocks nobody.
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ from atelier_server.jobs.book import Book
 from atelier_server.jobs.records import Completed, LoggedEvent, Payload, Sampled
 
 _PAGE = 100
+# What users sent, and what was painted of the class to go with it.
+PICTURE_FOLDERS = ("images", "class")
+_SAMPLES = "samples"
 
 
 class TrainingLog:
@@ -30,6 +35,23 @@ class TrainingLog:
 
     def folder(self, training: str) -> Path:
         return self._folder / training
+
+    def folders(self) -> list[str]:
+        """The trainings that have a folder; a tenant's lie in the tenant's."""
+        found: list[str] = []
+        for entry in _folders_in(self._folder):
+            inside = _folders_in(entry)
+            # No id is one of these words: each ends in a dash and four letters.
+            if any(part.name in (*PICTURE_FOLDERS, _SAMPLES) for part in inside):
+                found.append(entry.name)
+            else:
+                found += [f"{entry.name}/{part.name}" for part in inside]
+        return found
+
+    def remove(self, training: str) -> None:
+        """Removes a training's folder with all that is in it. Idempotent; OSError if some of it stays."""
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self.folder(training))
 
     async def append(self, training: str, payload: Payload, **changes: Any) -> None:
         """Writes the event and the changes of the training's record at once, then wakes its readers."""
@@ -79,12 +101,16 @@ class TrainingLog:
     async def keep_sample(self, training: str, step: int, index: int, mime_type: str, data: bytes) -> str:
         """Writes a sample picture; returns the name of its file."""
         name = f"{step:06d}-{index}.{mime_type.rpartition('/')[2]}"
-        await asyncio.to_thread(_write, self.folder(training) / "samples" / name, data)
+        await asyncio.to_thread(_write, self.folder(training) / _SAMPLES / name, data)
         return name
 
     async def sample(self, training: str, payload: Sampled) -> bytes:
         """The bytes of a sample picture; empty if the file has gone."""
-        return await asyncio.to_thread(_read, self.folder(training) / "samples" / payload.file)
+        return await asyncio.to_thread(_read, self.folder(training) / _SAMPLES / payload.file)
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -228,7 +228,8 @@ class Trainings:
                 )
             folder = self._log.folder(record.id) / "images"
             if not all((folder / picture.file).is_file() for picture in record.images):
-                raise FailedPrecondition(f"the pictures of training {record.id} have been deleted")
+                gone = "are gone (--training-retention): it cannot go on; train anew, with new_version"
+                raise FailedPrecondition(f"the pictures of training {record.id} {gone}")
             await asyncio.to_thread(self._store.version, record.adapter, record.version)
             await self._book.do(
                 self._book.update,
@@ -259,8 +260,9 @@ class Trainings:
             record = await self.find(name)
             if not record.state.ended:
                 raise TrainingNotEnded(f"training {record.id} is {record.state.value}; cancel it first")
+            # The pictures first: whoever is told that it is done, or finds no record, can rely on that.
+            await asyncio.to_thread(self._log.remove, record.id)
             await self._book.do(self._book.delete, record.id)
-            await asyncio.to_thread(shutil.rmtree, self._log.folder(record.id), ignore_errors=True)
             self._log.ring(record.id)
 
         await self.in_turn(delete)

@@ -76,3 +76,16 @@ def test_loopback_needs_neither_and_leaves_without_notice(host: str) -> None:
 
 def test_a_server_for_others_leaves_with_notice() -> None:
     assert Settings(host="0.0.0.0", insecure=True).notice_seconds == 5
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"), [("30d", 30 * 86400.0), ("36h", 36 * 3600.0), ("90", 90.0), (0, 0.0), (None, None)]
+)
+def test_pictures_are_kept_for_seconds_or_days(given: Any, seconds: float | None) -> None:
+    assert Settings(training_retention=given).training_retention == seconds
+
+
+@pytest.mark.parametrize("given", ["-1", "a month", "30 days", "1w"])
+def test_no_duration_is_no_retention(given: str) -> None:
+    with pytest.raises(ValidationError, match="training_retention"):
+        Settings.model_validate({"training_retention": given})
