@@ -21,14 +21,16 @@ from atelier_server.data_directory import DataDirectory
 from atelier_server.errors import StartError, StoreUnavailable
 from atelier_server.jobs.book import Book
 from atelier_server.jobs.calls import Calls
+from atelier_server.jobs.checkpoints import Checkpoints, count_checkpoints
 from atelier_server.jobs.craft import Craft
 from atelier_server.jobs.dispatch import CannotStart, Dispatcher, WorkerStatus
 from atelier_server.jobs.generations import Generations
 from atelier_server.jobs.last_used import LastUsed
 from atelier_server.jobs.listing import Listing
 from atelier_server.jobs.retention import Retention
+from atelier_server.jobs.training_admission import Admission
 from atelier_server.jobs.training_log import TrainingLog
-from atelier_server.jobs.training_runs import TrainingRuns, count_checkpoints
+from atelier_server.jobs.training_runs import TrainingRuns
 from atelier_server.jobs.trainings import Trainings
 from atelier_server.jobs.uploads import Uploads
 from atelier_server.jobs.wardrobe import Wardrobe
@@ -71,13 +73,22 @@ class Application:
         self._log = TrainingLog(self._book, root / "trainings")
         send = self.worker.send
         self.generations = Generations(send, self.metrics, limit=limits.max_queued_generations)
-        self._runs = TrainingRuns(self._log, self._store, send, self.metrics)
+        self._runs = TrainingRuns(
+            self._log,
+            self._store,
+            send,
+            metrics=self.metrics,
+            checkpoints=Checkpoints(self._log, self._store, self.metrics, self.generations.needs),
+            admission=Admission(
+                settings.max_running_trainings, self.status.known_base, lambda: self.status.costs
+            ),
+        )
         self.trainings = Trainings(
             self._log,
             self._runs,
             self._store,
             limit=limits.max_queued_trainings,
-            row_seconds=lambda: self.status.costs.row_seconds,
+            costs=lambda: self.status.costs,
         )
         self._retention = Retention(self.trainings, seconds=settings.training_retention)
         self._calls = Calls(send)
@@ -275,6 +286,7 @@ def worker_settings(settings: Settings, data_dir: Path, owner: str) -> WorkerSet
         controlnets=settings.controlnets,
         quantize=settings.quantize,
         offload=settings.offload,
+        training_share=settings.training_share,
     )
 
 

@@ -5,7 +5,9 @@ hold (wait until cancelled or released; alone it is done at once),
 release (finish those held), crash (die), crash-once,
 image-crash-once (die after the first picture), fail, big (3 MiB pictures), hang-once (alive, and no step
 ends), freeze-once (no sign of life). Trainings, by instance prompt:
-hold, crash, crash-once, nan, silent-crash-once (publish without saying so, then die).
+hold, crash, crash-once, nan, silent-crash-once (publish without saying so, then die), stay (hold after step
+1, begun again after step 2, then 3, ...), linger (the same, but after step 1 twice), disk-full-once (no space
+for the second checkpoint).
 A picture's bytes are JSON that tells what the worker has seen.
 """
 
@@ -22,6 +24,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 
 from atelier_server import core, messages, report
@@ -99,6 +102,8 @@ class FakeWorker:
                     self.train(job)
                 case messages.Cancel(job_id):
                     self.cancel(job_id)
+                case messages.Pause(job_id):
+                    self.pause(job_id)
                 case messages.Drain():
                     sys.exit(0)
                 case call:
@@ -113,6 +118,13 @@ class FakeWorker:
             step = job.resume_step + 3
             self.publish(job, step)
             self.say(messages.TrainingCompleted(job_id, core.State.CANCELLED, step, 1.0))
+
+    def pause(self, job_id: str) -> None:
+        job = self.held.pop(job_id, None)
+        if isinstance(job, core.TrainingJob):
+            step = job.resume_step + 3
+            self.publish(job, step)
+            self.say(messages.TrainingPaused(job_id, step))
 
     # -------------------------------------------------------------------------------------- generations
     def generate(self, job: core.GenerationJob) -> None:
@@ -159,13 +171,21 @@ class FakeWorker:
         recipe, script = job.recipe, job.recipe.instance_prompt
         assert all(Path(image.path).is_file() for image in job.images)
         self.say(messages.TrainingStarted(job.id, job.resume_step))
-        if script == "hold":
+        last = 0
+        if script in ("hold", "stay", "linger"):
             self.held[job.id] = job
+            last = next(n for n in count(1) if self.first_time(f"{job.id}-{n}"))
+            last = max(1, last - (script == "linger"))
         for step in range(job.resume_step + 1, recipe.max_train_steps + 1):
             self.say(messages.TrainingProgress(job.id, step, recipe.max_train_steps, 0.5, 1e-4, 1.0))
             self.say(messages.Sample("train_step_seconds", 0.5))
             if script == "crash" or (script == "crash-once" and step == 7 and self.first_time("train")):
                 self.die()
+            second = step == 2 * recipe.checkpointing_steps
+            if script == "disk-full-once" and second and self.first_time("disk"):
+                last = recipe.checkpointing_steps
+                self.say(messages.TrainingPaused(job.id, last, "STORAGE_FULL", "no space left"))
+                return
             if script == "nan" and step == 6:
                 self.say(messages.JobFailed(job.id, "NONFINITE_LOSS", "loss is NaN", (("step", "6"),)))
                 return
@@ -174,7 +194,9 @@ class FakeWorker:
                 self.publish(job, step, silent=silent)
                 if silent:
                     self.die()
-            if script == "hold" and step == recipe.checkpointing_steps:
+            if (script in ("stay", "linger") and step >= last) or (
+                script == "hold" and step == recipe.checkpointing_steps
+            ):
                 return
         self.say(messages.TrainingCompleted(job.id, core.State.SUCCEEDED, recipe.max_train_steps, 2.0))
 

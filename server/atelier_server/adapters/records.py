@@ -12,6 +12,9 @@ from atelier_server.core import CheckpointId
 REPORT_FILE = "report.json"
 """What an import understood, beside its weights: `core.AdapterReport`."""
 
+TRAINING_STATE = "training-state"
+"""So begin the files that only a training needs, to go on from its newest checkpoint: others lose them."""
+
 
 @dataclass(frozen=True, slots=True)
 class VersionMeta:
@@ -80,9 +83,12 @@ class AdapterVersion:
 
     @property
     def size_bytes(self) -> int:
-        """Of all stored files."""
+        """Of all stored files but those that are going to be freed."""
         files = {
-            file.sha256: file.size_bytes for record in self.checkpoints for file in record.files.values()
+            file.sha256: file.size_bytes
+            for record in self.checkpoints
+            for name, file in record.files.items()
+            if record is self.checkpoints[-1] or not name.startswith(TRAINING_STATE)
         }
         return sum(files.values())
 

@@ -188,6 +188,16 @@ class AdapterStore(Shelf):
         if found is not None and not found.checkpoints:
             self._objects.remove(f"{catalog.folder(name)}/v{version}/version.json")
 
+    def remove_checkpoint(self, checkpoint: CheckpointId) -> None:
+        """Takes one checkpoint of a version away for good; its files are freed with the next collection once
+        nothing names them and they are old enough. Never the last one. Idempotent.
+        """
+        found = self.read_version(checkpoint.name, checkpoint.version)
+        if found is None or found.recommended is None or found.recommended.id == checkpoint:
+            raise ValueError(f"{checkpoint} is not there to be removed, or the last of its version")
+        folder = f"{catalog.folder(checkpoint.name)}/v{checkpoint.version}"
+        self._objects.remove(f"{folder}/{checkpoint.step:06d}.json")
+
     def delete(self, name: str, version: int | None = None) -> None:
         """Hides one version, or the whole adapter, until it is undeleted or collected. Raises
         AdapterNotFound.

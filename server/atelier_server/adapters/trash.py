@@ -12,6 +12,7 @@ from atelier_server.adapters.blobs import Blobs, StoredFile
 from atelier_server.adapters.catalog import Catalog, NameEntries, Value, VersionEntries
 from atelier_server.adapters.labels import set_register
 from atelier_server.adapters.objects import Objects
+from atelier_server.adapters.records import TRAINING_STATE
 from atelier_server.errors import AdapterNotFound
 
 _RACES = 20
@@ -82,8 +83,12 @@ class Trash:
         return Collected(tuple(purged), self._blobs.free(copies, named) if readable else 0)
 
     def _files(self, version: VersionEntries) -> Iterator[StoredFile]:
-        for step in self._catalog.steps(version):
-            yield from catalog.stored_files(self._catalog.manifest(version, step) or {}).values()
+        """What is kept of a version: a training goes on from its newest checkpoint, never from others."""
+        steps = self._catalog.steps(version)
+        for step in steps:
+            files = catalog.stored_files(self._catalog.manifest(version, step) or {})
+            newest = step == steps[-1]
+            yield from (f for name, f in files.items() if newest or not name.startswith(TRAINING_STATE))
 
     def _remove(self, version: VersionEntries) -> None:
         """All but the register that says that it is gone; version.json last, for a collection that is cut

@@ -215,7 +215,7 @@ class TrainingJob:
     @property
     def priority(self) -> Priority:
         """How it counts among trainings."""
-        return getattr(self.recipe, "priority", Priority.NORMAL)
+        return self.recipe.priority
 
 
 # ---------------------------------------------------------------------------------------------- the base

@@ -109,6 +109,21 @@ class Book:
         with self._engine.begin() as connection:
             connection.execute(trainings.update().where(trainings.c.id == training).values(**changes))
 
+    def requeue(self, training: str) -> None:
+        """Its user wants it to go on: what stopped it is forgotten."""
+        self.update(
+            training,
+            state=State.QUEUED,
+            interruption="RESUMED",
+            cancel_requested=False,
+            crash_step=-1,
+            crash_count=0,
+            end_time=None,
+            reason="",
+            message="",
+            metadata={},
+        )
+
     def delete(self, training: str) -> None:
         with self._engine.begin() as connection:
             connection.execute(events.delete().where(events.c.training == training))

@@ -36,6 +36,7 @@ from atelier_server.messages import (
     SampleReady,
     Span,
     TrainingCompleted,
+    TrainingPaused,
     TrainingProgress,
     TrainingStarted,
     TrainingWarning,
@@ -226,7 +227,7 @@ class Dispatcher:
                 room.handle(event)
             case TrainingStarted() | TrainingProgress() | CheckpointPublished():
                 self._runs.handle(event)
-            case SampleReady() | TrainingWarning() | TrainingCompleted():
+            case SampleReady() | TrainingWarning() | TrainingPaused() | TrainingCompleted():
                 self._runs.handle(event)
             case AdapterLoaded() | AdaptersUnloaded() | AdapterImported() | AdapterExported():
                 self._calls.handle(event)

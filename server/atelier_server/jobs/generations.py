@@ -13,7 +13,7 @@ from itertools import count
 
 from atelier_server import origin
 from atelier_server.access.tenants import Tenant
-from atelier_server.core import GenerationJob
+from atelier_server.core import CheckpointId, GenerationJob
 from atelier_server.errors import Cancelled, QueueFull, RequestIdReused, ServerDraining, WorkerLost
 from atelier_server.jobs.generation import Generation, Reader, StreamEvent
 from atelier_server.jobs.quotas import check_images
@@ -186,6 +186,10 @@ class Generations:
         """Whether an unfinished generation uses that adapter, or that version of it."""
         checkpoints = [use.checkpoint for g in self._live.values() for use in g.job.adapters]
         return any(c.name == adapter and version in (None, c.version) for c in checkpoints)
+
+    def needs(self, checkpoint: CheckpointId) -> bool:
+        """Whether an unfinished generation uses that checkpoint. Any thread."""
+        return any(use.checkpoint == checkpoint for g in tuple(self._live.values()) for use in g.job.adapters)
 
     @property
     def count(self) -> int:

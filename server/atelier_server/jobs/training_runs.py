@@ -6,20 +6,18 @@ worker events, losses of the worker, and the calls of users.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import time
 from collections.abc import Callable
 from functools import partial
 
-from atelier_server.adapters.store import AdapterStore, CheckpointRecord
-from atelier_server.core import CheckpointId, State, TrainingImage, TrainingJob
-from atelier_server.errors import AdapterNotFound, AtelierError, CrashLoop
-from atelier_server.jobs import thumbnails
+from atelier_server.adapters.store import AdapterStore
+from atelier_server.core import State, TrainingImage, TrainingJob
+from atelier_server.errors import AtelierError, CrashLoop, StorageFull
+from atelier_server.jobs.checkpoints import Checkpoints
 from atelier_server.jobs.lane import TRIES, Lane
 from atelier_server.jobs.records import (
-    Checkpointed,
     Completed,
     Progressed,
     Restarted,
@@ -27,16 +25,19 @@ from atelier_server.jobs.records import (
     TrainingRecord,
     Warned,
 )
+from atelier_server.jobs.training_admission import Admission
 from atelier_server.jobs.training_log import TrainingLog
-from atelier_server.jobs.training_run import Run
+from atelier_server.jobs.training_run import SUSPECT_CRASHES, Run
 from atelier_server.messages import (
     Cancel,
     CheckpointPublished,
     Command,
     JobFailed,
+    Pause,
     SampleReady,
     Submit,
     TrainingCompleted,
+    TrainingPaused,
     TrainingProgress,
     TrainingStarted,
     TrainingWarning,
@@ -50,10 +51,11 @@ TrainingEvent = (
     | CheckpointPublished
     | SampleReady
     | TrainingWarning
+    | TrainingPaused
     | TrainingCompleted
     | JobFailed
 )
-_CRASHES = 3
+_CRASHES = SUSPECT_CRASHES + 1
 _log = logging.getLogger(__name__)
 
 
@@ -61,13 +63,22 @@ class TrainingRuns:
     """`send` hands a command to the worker; it never blocks. `lane` orders all that happens."""
 
     def __init__(
-        self, log: TrainingLog, store: AdapterStore, send: Callable[[Command], None], metrics: Metrics
+        self,
+        log: TrainingLog,
+        store: AdapterStore,
+        send: Callable[[Command], None],
+        *,
+        metrics: Metrics,
+        checkpoints: Checkpoints,
+        admission: Admission,
     ) -> None:
         self._log = log
         self._book = log.book
         self._store = store
         self._send = send
         self._metrics = metrics
+        self._checkpoints = checkpoints
+        self.admission = admission
         self._runs: dict[str, Run] = {}
         self.lane = Lane()
         self._ready = False
@@ -109,15 +120,18 @@ class TrainingRuns:
             return
         if isinstance(event, TrainingProgress):
             run.progress(event)
+            if run.suspect and event.step > run.crash_step:
+                run.suspect = False
+                self.lane.put(partial(self._acquitted, run))
             return
         if isinstance(event, TrainingStarted):
             run.started, run.step = True, event.from_step
         run.flush()
-        ends = isinstance(event, TrainingCompleted | JobFailed)
+        ends = isinstance(event, TrainingPaused | TrainingCompleted | JobFailed)
         self.lane.put(partial(self._write, run, event), tries=None if ends else TRIES)
 
     def worker_ready(self) -> None:
-        self.lane.put(self._submit_all)
+        self.lane.put(self._open)
 
     def worker_lost(self, blameless: bool) -> None:
         """`blameless`: a generation on its last try is known to have been at work; nobody is counted."""
@@ -129,13 +143,12 @@ class TrainingRuns:
 
     async def add(self, record: TrainingRecord, origin: Origin) -> None:
         """A training that has just been written down or queued again."""
-        run = self._runs[record.id] = self._run(record, origin)
+        self._runs[record.id] = self._run(record, origin)
         await self._count()
-        if self._ready:
-            await self._submit(run)
+        self.lane.put(self._submit_all)
 
     def _run(self, record: TrainingRecord, origin: Origin = NOWHERE) -> Run:
-        return Run(record.id, record.adapter, record.version, record.step, self._show, origin=origin)
+        return Run(record, self._show, origin=origin)
 
     def _show(self, run: Run, event: TrainingProgress) -> None:
         self.lane.put(partial(self._write, run, event), tries=1)
@@ -149,6 +162,25 @@ class TrainingRuns:
         else:
             await self._end(run, State.CANCELLED)
 
+    async def pause(self, training: str) -> None:
+        """Call in the lane. From here on it is paused, whatever happens to the worker."""
+        run = self._runs[training]
+        await self._book.do(self._book.update, training, state=State.PAUSED)
+        run.paused = True
+        await self._count()
+        if run.submitted:
+            self._send(Pause(training))
+        else:
+            await self._log.append(run.id, _paused_at(run.step))
+
+    async def resume(self, training: str) -> None:
+        """Call in the lane, for one that is paused. What the worker still has goes on once it has left."""
+        run = self._runs[training]
+        await self._book.do(self._book.requeue, training)
+        run.paused = run.suspect = False
+        await self._count()
+        self.lane.put(self._submit_all)
+
     # ----------------------------------------------------------------------------------------- the lane
     async def _write(self, run: Run, event: TrainingEvent) -> None:
         match event:
@@ -161,28 +193,14 @@ class TrainingRuns:
                 loss = None if math.isnan(event.loss) else event.loss
                 await self._log.append(run.id, payload, step=event.step, loss=loss)
             case CheckpointPublished():
-                adapter = f"{run.adapter}@{event.checkpoint.step}"
-                checkpoint = Checkpointed(
-                    event.checkpoint.step,
-                    adapter,
-                    event.sha256,
-                    event.size_bytes,
-                    event.loss,
-                    event.validation_loss,
-                    event.kept_share,
-                )
-                await self._checkpoint(run, checkpoint)
+                await self._checkpoints.published(run, event)
+                await self._checkpoints.prune(run)
             case SampleReady():
-                file = await self._log.keep_sample(
-                    run.id, event.step, event.index, event.mime_type, event.data
-                )
-                sample = Sampled(event.step, event.index, event.prompt, event.seed, event.mime_type, file)
-                await self._log.append(run.id, sample)
-                if event.index == 0:
-                    painted = CheckpointId(run.adapter, run.version, event.step)
-                    await asyncio.to_thread(thumbnails.keep, self._store, painted, event.data)
+                await self._checkpoints.painted(run, event)
             case TrainingWarning():
                 await self._log.append(run.id, Warned(event.reason, event.message))
+            case TrainingPaused():
+                await self._left(run, event)
             case TrainingCompleted():
                 run.step = event.step
                 await self._end(run, event.state, seconds=event.seconds)
@@ -194,15 +212,28 @@ class TrainingRuns:
         record = await self._book.do(self._book.training, run.id)
         if record is not None and record.last_seq == 1:
             self._metrics.work_began("train", max(0.0, time.time() - record.create_time))
-        await self._book.do(self._book.update, run.id, state=State.RUNNING)
-        await self._count()
+        if not run.paused:
+            await self._book.do(self._book.update, run.id, state=State.RUNNING)
+            await self._count()
 
-    async def _checkpoint(self, run: Run, payload: Checkpointed) -> None:
-        if payload.step in run.checkpoints:
-            return
-        await self._log.append(run.id, payload, step=payload.step)
-        run.checkpoints.add(payload.step)
-        self._metrics.checkpoint_stored()
+    async def _left(self, run: Run, event: TrainingPaused) -> None:
+        """The worker has it no more: it waits for its user, for a disk, or only for another one's turn."""
+        run.submitted = run.started = False
+        run.step = event.step
+        if event.reason:
+            run.paused = True
+            reason = {"reason": event.reason, "message": event.message}
+            told = Warned(event.reason, f"{event.message}; {_paused_at(run.step).message}")
+            await self._log.append(run.id, told, state=State.PAUSED, step=run.step, **reason)
+        elif run.paused:
+            await self._log.append(run.id, _paused_at(run.step), step=run.step)
+        else:
+            await self._book.do(self._book.update, run.id, state=State.QUEUED)
+        record = await self._book.do(self._book.training, run.id)
+        if record is not None and record.cancel_requested:
+            await self._end(run, State.CANCELLED)
+        await self._count()
+        self.lane.put(self._submit_all)
 
     async def _end(
         self,
@@ -212,9 +243,10 @@ class TrainingRuns:
         seconds: float | None = None,
         error: tuple[str, str, tuple[tuple[str, str], ...]] = ("", "", ()),
     ) -> None:
-        await self._reconcile(run)
+        await self._checkpoints.reconcile(run)
+        await self._checkpoints.prune(run)
         record = await self._book.do(self._book.training, run.id)
-        last = await asyncio.to_thread(self._store.last_checkpoint, run.adapter, run.version)
+        last = await self._checkpoints.last(run)
         now = time.time()
         if seconds is None:
             seconds = max(0.0, now - record.create_time) if record else 0.0
@@ -229,25 +261,38 @@ class TrainingRuns:
         ids = {"training": run.id, "adapter": run.adapter, "request_id": run.origin.request_id}
         _log.info("training ended: %s", state.value, extra={**ids, "reason": reason or "none"})
         await self._count()
-        self._metrics.stored_checkpoints(await asyncio.to_thread(count_checkpoints, self._store))
+        await self._checkpoints.count()
+        self.lane.put(self._submit_all)
 
     # ----------------------------------------------------------------------------- submission and crashes
-    async def _submit_all(self) -> None:
+    async def _open(self) -> None:
         self._ready = True
-        for run in list(self._runs.values()):
-            if not run.submitted:
-                try:
-                    await self._submit(run)
-                except AtelierError as error:
-                    await self._end(run, State.FAILED, error=(error.reason, error.message, ()))
+        await self._submit_all()
+
+    async def _submit_all(self) -> None:
+        """Those whose turn it is."""
+        while self._ready and (run := self.admission.next(self._runs.values())) is not None:
+            try:
+                await self._submit(run)
+            except StorageFull:
+                raise  # tried again
+            except AtelierError as error:
+                await self._end(run, State.FAILED, error=(error.reason, error.message, ()))
+
+    async def _acquitted(self, run: Run) -> None:
+        """It has passed where the worker died; the next suspect has its turn, and then all that wait."""
+        if run.submitted and any(other.suspect and not other.paused for other in self._runs.values()):
+            self._send(Pause(run.id))
+        else:
+            await self._submit_all()
 
     async def _submit(self, run: Run) -> None:
         record = await self._book.do(self._book.training, run.id)
         if record is None:
             self._runs.pop(run.id, None)
             return
-        await self._reconcile(run)
-        last = await asyncio.to_thread(self._store.last_checkpoint, run.adapter, run.version)
+        await self._checkpoints.reconcile(run)
+        last = await self._checkpoints.last(run)
         run.step = last.id.step if last else 0
         if record.cancel_requested:
             await self._end(run, State.CANCELLED)
@@ -271,41 +316,30 @@ class TrainingRuns:
         run.submitted = True
         self._send(Submit(job, run.origin))
 
-    async def _reconcile(self, run: Run) -> None:
-        """Checkpoints that reached the store while their event was lost on the way are written first."""
-        logged = await self._book.do(self._book.events_of, run.id, "checkpoint")
-        run.checkpoints = {e.payload.step for e in logged if isinstance(e.payload, Checkpointed)}
-        for kept in await asyncio.to_thread(_checkpoints_of, self._store, run.adapter, run.version):
-            loss = math.nan if kept.loss is None else kept.loss
-            adapter, facts = f"{run.adapter}@{kept.id.step}", (kept.validation_loss, kept.kept_share)
-            payload = Checkpointed(kept.id.step, adapter, kept.sha256, kept.size_bytes, loss, *facts)
-            await self._checkpoint(run, payload)
-
     async def _interrupted(self, blameless: bool) -> None:
-        """The worker has gone. Blamed are the trainings that ran, or the one that was being prepared."""
-        self._ready = False
-        lost = [run for run in self._runs.values() if run.submitted]
-        running = [run for run in lost if run.started]
-        blamed = [] if blameless else running or lost[:1]
-        for run in lost:
-            run.submitted = False
+        """The worker has gone. Any of the trainings that it had may have been the reason."""
+        for run in [run for run in self._runs.values() if run.submitted]:
+            was_running, run.submitted, run.started = run.started, False, False
             record = await self._book.do(self._book.training, run.id)
             if record is None:
                 continue
-            count = record.crash_count
-            if run in blamed:
-                count = count + 1 if record.crash_step == run.step else 1
-                await self._book.do(self._book.update, run.id, crash_step=run.step, crash_count=count)
-            if run in blamed and count >= _CRASHES:
-                message = f"the worker died {count} times at step {run.step} of {run.id}"
+            if not blameless and await self._blamed(run, record) >= _CRASHES:
+                message = f"the worker died {_CRASHES} times at step {run.step} of {run.id}"
                 await self._end(
                     run, State.FAILED, error=(CrashLoop.reason, message, (("step", str(run.step)),))
                 )
                 continue
-            reason = "WORKER_LOST" if run.started else record.interruption
-            await self._book.do(self._book.update, run.id, state=State.QUEUED, interruption=reason)
-            run.started = False
+            reason = "WORKER_LOST" if was_running else record.interruption
+            state = State.PAUSED if run.paused else State.QUEUED
+            await self._book.do(self._book.update, run.id, state=state, interruption=reason)
         await self._count()
+
+    async def _blamed(self, run: Run, record: TrainingRecord) -> int:
+        """How many crashes in a row it has been there for, at one step; with some it is a suspect."""
+        count = record.crash_count + 1 if record.crash_step == run.step else 1
+        await self._book.do(self._book.update, run.id, crash_step=run.step, crash_count=count)
+        run.crash_step, run.suspect = run.step, count >= SUSPECT_CRASHES
+        return count
 
     async def _count(self) -> None:
         counts = await self._book.do(self._book.count_states)
@@ -313,13 +347,5 @@ class TrainingRuns:
         self._metrics.queue_depth("train", counts.get(State.QUEUED, 0))
 
 
-def count_checkpoints(store: AdapterStore) -> int:
-    """How many checkpoints the store holds."""
-    return sum(len(version.checkpoints) for version in store.versions())
-
-
-def _checkpoints_of(store: AdapterStore, name: str, version: int) -> tuple[CheckpointRecord, ...]:
-    try:
-        return store.version(name, version).checkpoints
-    except AdapterNotFound:
-        return ()  # deleted by hand: the training starts again from nothing, or the worker refuses it
+def _paused_at(step: int) -> Warned:
+    return Warned("PAUSED", f"paused at step {step}; resume it to go on")

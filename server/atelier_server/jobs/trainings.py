@@ -15,7 +15,7 @@ from typing import TypeVar
 from atelier_server import origin
 from atelier_server.access.tenants import Scope, Tenant
 from atelier_server.adapters.store import AdapterStore
-from atelier_server.core import BaseInfo, Recipe, State
+from atelier_server.core import BaseInfo, Costs, Recipe, State
 from atelier_server.errors import (
     AdapterExists,
     FailedPrecondition,
@@ -35,6 +35,7 @@ from atelier_server.jobs.quotas import (
 )
 from atelier_server.jobs.records import Accepted, LoggedEvent, TrainingDraft, TrainingRecord
 from atelier_server.jobs.training_log import TrainingLog
+from atelier_server.jobs.training_memory import base_bytes, demand
 from atelier_server.jobs.training_runs import TrainingRuns
 from atelier_server.jobs.uploads import PictureUpload
 from atelier_server.origin import Origin
@@ -46,7 +47,7 @@ _ID_LETTERS = string.ascii_lowercase + string.digits
 
 
 class Trainings:
-    """`row_seconds` tells what one row of a forward at the base's native size costs."""
+    """`costs` tells what painting costs, as the worker has measured it."""
 
     def __init__(
         self,
@@ -55,21 +56,21 @@ class Trainings:
         store: AdapterStore,
         *,
         limit: int,
-        row_seconds: Callable[[], float],
+        costs: Callable[[], Costs],
     ) -> None:
         self._log = log
         self._book = log.book
         self._runs = runs
         self._store = store
         self._limit = limit
-        self._row_seconds = row_seconds
+        self._costs = costs
         self.draining = False
 
     # ------------------------------------------------------------------------------------------- create
     async def check(self, draft: TrainingDraft, tenant: Tenant) -> TrainingRecord | None:
         """Before the pictures are read: the training that this request_id already has, if any.
 
-        Raises RequestIdReused, AdapterExists, QueueFull, QuotaExceeded, ServerDraining.
+        Raises RequestIdReused, AdapterExists, QueueFull, QuotaExceeded, OutOfMemory, ServerDraining.
         """
         known = await self._book.do(self._book.requested, draft.request_id)
         if known is not None:
@@ -84,6 +85,7 @@ class Trainings:
         if not draft.new_version and await asyncio.to_thread(self.taken, draft.name):
             raise AdapterExists(f"adapter {draft.name!r} exists; set new_version to go on", name=draft.name)
         await self._check_quotas(tenant, draft.recipe.max_train_steps)
+        self._runs.admission.check(draft.recipe)
         return None
 
     async def _check_quotas(self, tenant: Tenant, steps: int) -> None:
@@ -147,8 +149,9 @@ class Trainings:
             images=upload.pictures,
             create_time=time.time(),
         )
-        seconds = estimated_seconds(draft.recipe, base, self._row_seconds())
-        accepted = Accepted(draft.name, meta.version, seconds, estimated_bytes(record, base))
+        seconds = estimated_seconds(draft.recipe, base, self._costs().row_seconds)
+        needed = base_bytes(base) + demand(draft.recipe, base, self._costs()).total
+        accepted = Accepted(draft.name, meta.version, seconds, needed)
         try:
             await upload.move_to(self._log.folder(training) / "images")
             record = await self._book.do(self._book.insert, record, accepted, *draft.warnings)
@@ -216,34 +219,44 @@ class Trainings:
 
         return await self.in_turn(cancel)
 
+    async def pause(self, name: str) -> TrainingRecord:
+        """Asks it to leave the device at its next step, with a checkpoint; it is paused from now on.
+
+        Raises TrainingNotFound, TrainingEnded.
+        """
+
+        async def pause() -> TrainingRecord:
+            record = await self.find(name)
+            if record.state.ended:
+                raise TrainingEnded(f"training {record.id} has {record.state.value}")
+            if record.state is not State.PAUSED:
+                await self._runs.pause(record.id)
+            return await self.find(record.id)
+
+        return await self.in_turn(pause)
+
     async def resume(self, name: str) -> TrainingRecord:
-        """Queues a cancelled or failed training again. Raises TrainingNotFound, FailedPrecondition."""
+        """Queues a paused, cancelled or failed training again.
+
+        Raises TrainingNotFound, FailedPrecondition.
+        """
 
         async def resume() -> TrainingRecord:
             record = await self.find(name)
-            if record.state not in (State.CANCELLED, State.FAILED):
+            if record.state not in (State.PAUSED, State.CANCELLED, State.FAILED):
                 error = TrainingEnded if record.state.ended else TrainingNotEnded
                 raise error(
-                    f"training {record.id} is {record.state.value}, neither cancelled nor failed",
+                    f"training {record.id} is {record.state.value}, neither paused, cancelled nor failed",
                 )
             folder = self._log.folder(record.id) / "images"
             if not all((folder / picture.file).is_file() for picture in record.images):
                 gone = "are gone (--training-retention): it cannot go on; train anew, with new_version"
                 raise FailedPrecondition(f"the pictures of training {record.id} {gone}")
             await asyncio.to_thread(self._store.version, record.adapter, record.version)
-            await self._book.do(
-                self._book.update,
-                record.id,
-                state=State.QUEUED,
-                interruption="RESUMED",
-                cancel_requested=False,
-                crash_step=-1,
-                crash_count=0,
-                end_time=None,
-                reason="",
-                message="",
-                metadata={},
-            )
+            if record.state is State.PAUSED:
+                await self._runs.resume(record.id)
+                return await self.find(record.id)
+            await self._book.do(self._book.requeue, record.id)
             record = await self.find(record.id)
             await self._runs.add(record, came_from)
             return record
@@ -292,20 +305,3 @@ def estimated_seconds(recipe: Recipe, base: BaseInfo, row_seconds: float) -> flo
     forwards = 4 if recipe.gradient_checkpointing else 3
     pixels = recipe.resolution**2 / (base.native_width * base.native_height)
     return recipe.max_train_steps * recipe.train_batch_size * forwards * row_seconds * pixels
-
-
-def estimated_bytes(record: TrainingRecord, base: BaseInfo) -> int:
-    """A rough guess of the device memory of a training, base included.
-
-    base weights + adapter (weights, gradient, two moments of AdamW in float32) + activations. The two
-    constants are Stable Diffusion 1.5's, scaled by the base's parameters: a rank of 1 on its attention is
-    0.023 % of them, and one latent pixel of a batch costs about 1.2 bytes a thousand parameters.
-    """
-    recipe = record.recipe
-    weights = base.num_parameters * (4 if base.dtype == "float32" else 2)
-    adapter = base.num_parameters * 2.3e-4 * recipe.rank * 16
-    latent_pixels = recipe.train_batch_size * (recipe.resolution // 8) ** 2
-    activations = latent_pixels * base.num_parameters * 1.2e-3
-    if recipe.gradient_checkpointing:
-        activations /= 4
-    return int(weights + adapter + activations)

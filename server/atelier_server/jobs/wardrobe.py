@@ -21,11 +21,11 @@ from atelier_server.core import AdapterRef, AdapterUse, CheckpointId
 from atelier_server.errors import AdapterExists, AdapterInUse, AdapterNotFound, AtelierError, WorkerLost
 from atelier_server.jobs import thumbnails
 from atelier_server.jobs.calls import Calls
+from atelier_server.jobs.checkpoints import count_checkpoints
 from atelier_server.jobs.generations import Generations
 from atelier_server.jobs.last_used import LastUsed
 from atelier_server.jobs.listing import Listed, Listing
 from atelier_server.jobs.quotas import check_stored, stored_bytes
-from atelier_server.jobs.training_runs import count_checkpoints
 from atelier_server.jobs.trainings import Trainings
 from atelier_server.jobs.uploads import Uploads
 from atelier_server.messages import (

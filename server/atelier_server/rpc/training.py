@@ -8,8 +8,6 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
 
-import grpc
-
 from atelier.v1 import training_pb2 as pb
 from atelier.v1 import training_pb2_grpc
 from atelier_server.config import Limits
@@ -92,9 +90,8 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
     async def PauseTraining(
         self, request: pb.PauseTrainingRequest, context: Context
     ) -> pb.PauseTrainingResponse:
-        # No server can yet: as one that does not know the method answers.
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this server cannot pause trainings yet")
-        raise AssertionError("unreachable")
+        record = await self._trainings.pause(decode_training(request.training))
+        return pb.PauseTrainingResponse(training=encode_training(record))
 
     async def ResumeTraining(
         self, request: pb.ResumeTrainingRequest, context: Context

@@ -25,9 +25,6 @@ UNHEEDED = (
     "cache_latents",
     "cache_text_embeddings",
     "validation_split",
-    "keep_last",
-    "keep_every",
-    "priority",
 )
 _OPTIMIZERS = ("adamw",)
 _END_OF_WORD = "</w>"

@@ -150,3 +150,46 @@ def test_a_collection_cut_short_goes_on(place: Place, monkeypatch: pytest.Monkey
     assert store.versions() == store.versions(deleted=True) == []
     store.trash.collect(0)
     assert not [key for key in keys(store) if "/deleted/" not in key]
+
+
+def test_a_checkpoint_is_removed_and_its_files_are_freed(place: Place) -> None:
+    store, other = place.open("one"), place.open("two")
+    create(store)
+    for step in (50, 100):
+        _publish_with_state(store, step)
+    store.remove_checkpoint(CheckpointId("otto", 1, 50))
+    for handle in (store, other):
+        assert [record.id.step for record in handle.version("otto").checkpoints] == [100]
+        with pytest.raises(AdapterNotFound):
+            handle.resolve(AdapterRef("otto", "50"))
+        with pytest.raises(ValueError, match="last"):
+            handle.remove_checkpoint(CheckpointId("otto", 1, 100))
+    store._blobs._grace = 0
+    store.trash.collect(0)
+    assert len(keys(store, "blobs")) == 2
+    assert other.fetch(other.resolve(AdapterRef("otto"))).read_bytes() == b"weights 100"
+
+
+def test_only_the_newest_checkpoint_keeps_what_a_training_goes_on_from(place: Place) -> None:
+    store = place.open()
+    create(store)
+    for step in (50, 100):
+        _publish_with_state(store, step)
+    store._blobs._grace = 0
+    size = len(b"weights 50") + len(b"weights 100") + len(b"state 100")
+    assert store.version("otto").size_bytes == size
+    assert store.trash.collect(0).files == 1
+    newest = CheckpointId("otto", 1, 100)
+    assert store.file(newest, "training-state.bin").read_bytes() == b"state 100"
+    for step in (50, 100):
+        use = store.resolve(AdapterRef("otto", str(step)))
+        assert store.fetch(use).read_bytes() == b"weights %d" % step
+    assert not any(version.damaged for version in store.versions())
+
+
+def _publish_with_state(store: AdapterStore, step: int) -> None:
+    def write(folder: Path) -> None:
+        (folder / ADAPTER_FILE).write_bytes(b"weights %d" % step)
+        (folder / "training-state.bin").write_bytes(b"state %d" % step)
+
+    store.publish(CheckpointId("otto", 1, step), write, loss=0.5, rank=4, lora_alpha=4.0)
