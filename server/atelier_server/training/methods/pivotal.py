@@ -31,8 +31,9 @@ class Pivotal(Method):
         self._weights = weights
         self.shares = weights.shares
         pivot = round(recipe.max_train_steps * recipe.train_text_encoder_ti_frac)
-        later = [replace(phase, begin=max(pivot, phase.begin)) for phase in weights.phases]
-        self.phases = [Phase("tokens", ("tokens",), 0, pivot), *later] if pivot else later
+        phases = [Phase("tokens", ("tokens",), 0, pivot)]
+        phases += [replace(phase, begin=max(pivot, phase.begin)) for phase in weights.phases]
+        self.phases = [phase for phase in phases if phase.begin < phase.end]
 
     def begin(self) -> None:
         self._tokens = Tokens(self.recipe, self._base, self._bank)

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from atelier_server.adapters.bank import SlotBank
 from atelier_server.adapters.canonical import CanonicalAdapter, tensors_of
 from atelier_server.adapters.stored import decode_stored
+from atelier_server.diffusion.base import load_base
 from atelier_server.errors import DataLoss, InvalidRequest
 from atelier_server.training.company import StepReport, micro_step
 from atelier_server.training.trainer import Trainer
-from tests.unit.training.conftest import Studio
+from tests.bases import save_base
+from tests.unit.training.conftest import Studio, furnished
 
 WORDS: dict[str, Any] = {"placeholder_tokens": ("<otto>",), "instance_prompt": "a <otto> octopus"}
 PIVOTAL: dict[str, Any] = {**WORDS, "method": "pivotal", "max_train_steps": 6, "lr_scheduler": "cosine"}
@@ -61,6 +64,35 @@ def test_a_training_that_is_killed_goes_on_to_the_same_bits(studio: Studio, meth
     assert take(killed, STEPS - killed.step) == reports[kept:]
     assert bits(killed.adapter()) == bits(straight.adapter())
     assert killed.publish().sha256 == straight.publish().sha256
+
+
+@pytest.fixture(scope="module")
+def half_precision(tmp_path_factory: pytest.TempPathFactory) -> Studio:
+    """SDXL's layout, with weights in bfloat16."""
+    base = load_base(str(save_base("sdxl", tmp_path_factory.mktemp("sdxl"))), "cpu", "bfloat16")
+    bank = SlotBank(slots=1, max_rank=16)
+    for component in ("unet", *base.family.text_encoders):
+        bank.wrap(base.modules[component], component)
+    return furnished((base, bank), tmp_path_factory.mktemp("studio"))
+
+
+@pytest.mark.parametrize("method", ["dora", "pivotal with text"])
+def test_on_a_base_in_half_precision_too(half_precision: Studio, method: str) -> None:
+    """What learns is float32, in both text encoders as well."""
+    studio, version = half_precision, 1 if method == "dora" else 2
+    recipe = {"max_train_steps": 4, **METHODS[method], "gradient_checkpointing": True, "version": version}
+    straight = studio.trainer(**recipe)
+    reports = take(straight, 2)
+    straight.publish()
+    reports += take(straight, 2)
+    resumed = studio.trainer(**recipe, resume_step=2)
+    assert take(resumed, 2) == reports[2:]
+    adapter = resumed.adapter()
+    assert bits(adapter) == bits(straight.adapter())
+    assert all(t.dtype == torch.float32 for m in adapter.modules.values() for _, t in tensors_of(m))
+    if method == "pivotal with text":
+        assert {name.split(".")[0] for name in adapter.modules} == {"unet", "text_encoder", "text_encoder_2"}
+        assert adapter.tokens["<otto>"].keys() == {"text_encoder", "text_encoder_2"}
 
 
 def test_methods_of_all_kinds_in_one_forward(studio: Studio) -> None:
