@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,13 +25,13 @@ from atelier.events import (
     TrainingAccepted,
     TrainingProgress,
 )
-from atelier.fields import GenerateFields, RecipeFields
+from atelier.fields import GenerateFields
+from atelier.recipe import load
 from atelier.records import TrainingImage
 from atelier.sheet import contact_sheet
 from atelier.transfer import read_folder
 
 ADAPTER = "otto"
-DEFAULT_PROMPT = "a sks blue plush octopus"
 SHEET_SEED = 7
 SIMILARITY_SEEDS = range(100, 108)
 INFERENCE_STEPS = 30
@@ -50,12 +50,16 @@ def demo(
     examples: Annotated[
         Path, typer.Option(help="pictures to learn from; held-out ones in DIR-held-out")
     ] = Path("examples/otto"),
-    max_train_steps: Annotated[int, typer.Option(min=3, help="how long to learn")] = 300,
+    recipe: Annotated[Path, typer.Option(help="how to learn; TOML")] = Path(
+        "examples/recipes/otto-pocket.toml"
+    ),
+    max_train_steps: Annotated[int | None, typer.Option(min=3, help="rather than the recipe's")] = None,
 ) -> None:
     """Start a server, teach it a subject, paint it, and leave a contact sheet and a report."""
     images = read_folder(examples)
     held_out = read_folder(examples.with_name(f"{examples.name}-held-out"))
-    findings = Findings(_subject(images), _recipe(_subject(images), max_train_steps), PAINTING)
+    values = _recipe(recipe, max_train_steps)
+    findings = Findings(_subject(images, values), values, PAINTING)
     data_dir = _fresh_data_dir(out)
     server = LocalServer(data_dir, out / "server.log", model=model)
     begun = time.monotonic()
@@ -78,26 +82,19 @@ def demo(
     _tell(findings, out)
 
 
-def _recipe(subject: str, max_train_steps: int) -> RecipeFields:
-    """Rank 8 at 1e-3 on the small embedded model; a checkpoint and samples each third."""
-    return RecipeFields(
-        new_version=True,
-        max_train_steps=max_train_steps,
-        learning_rate=1e-3,
-        train_batch_size=4,
-        rank=8,
-        seed=0,
-        checkpointing_steps=-(-max_train_steps // 3),
-        validation_prompts=[subject, f"{subject} in the snow"],
-        validation_steps=INFERENCE_STEPS,
-    )
+def _recipe(path: Path, max_train_steps: int | None) -> dict[str, Any]:
+    """The file's, as a new version of the demo's adapter; other steps have a checkpoint each third."""
+    values = {**load(path), "name": ADAPTER, "new_version": True}
+    if max_train_steps is not None:
+        values |= {"max_train_steps": max_train_steps, "checkpointing_steps": -(-max_train_steps // 3)}
+    return values
 
 
-def _subject(images: Sequence[TrainingImage]) -> str:
-    """The words that all captions begin with; without captions, the embedded example's."""
+def _subject(images: Sequence[TrainingImage], recipe: Mapping[str, Any]) -> str:
+    """The words that all captions begin with; without captions, the instance prompt."""
     captions = [image.caption.split() for image in images if image.caption]
     shared = takewhile(lambda words: len(set(words)) == 1, zip(*captions, strict=False))
-    return " ".join(words[0] for words in shared) or DEFAULT_PROMPT
+    return " ".join(words[0] for words in shared) or str(recipe["instance_prompt"])
 
 
 def _fresh_data_dir(out: Path) -> Path:
@@ -114,7 +111,7 @@ def _fresh_data_dir(out: Path) -> Path:
 
 def _learn(client: Client, findings: Findings, images: list[TrainingImage]) -> None:
     begun = time.monotonic()
-    events = client.train(ADAPTER, images, instance_prompt=findings.prompt, **findings.recipe)
+    events = client.train(images=images, recipe=findings.recipe)
     with output.Steps(f"teaching {ADAPTER}") as steps:
         for event in events:
             match event:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import html
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from atelier.cli import output
 from atelier.cli.curve import loss_curve
 from atelier.events import CheckpointPublished, Sample, TrainingProgress
-from atelier.fields import GenerateFields, RecipeFields
+from atelier.fields import GenerateFields
 from atelier.records import ServerInfo
 
 STYLE = """
@@ -47,7 +49,7 @@ class Findings:
     """What a demo has to show, filled as it goes. Times are seconds by the name of the phase."""
 
     prompt: str
-    recipe: RecipeFields
+    recipe: Mapping[str, Any]
     painting: GenerateFields
     info: ServerInfo | None = None
     training: list[TrainingProgress] = field(default_factory=list)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from atelier.events import (
 )
 from atelier.fields import RecipeFields
 from atelier.recipe import RecipeError, dump, load
+from atelier.transfer import read_folder
 
 SamplesFolder = Annotated[
     Path | None, typer.Option("--samples", metavar="DIR", help="write the sample pictures there")
@@ -44,6 +46,9 @@ def train(
     ] = None,
     print_recipe: Annotated[
         bool, typer.Option("--print-recipe", help="show file and flags as one such file, and end")
+    ] = False,
+    no_captions: Annotated[
+        bool, typer.Option("--no-captions", help="pay no heed to STEM.txt: the instance prompt for all")
     ] = False,
     detach: Annotated[bool, typer.Option("--detach", help="leave once the training is accepted")] = False,
     cancel_on_disconnect: Annotated[
@@ -68,7 +73,10 @@ def train(
             raise typer.BadParameter("missing here and in the recipe", param_hint=hint)
     with connect(server) as client:
         client.server_info()  # a wrong address is told at once, not after the time for reconnecting
-        events = client.train(folder=folder, recipe=values, cancel_on_disconnect=cancel_on_disconnect)
+        images = [
+            replace(image, caption="" if no_captions else image.caption) for image in read_folder(folder)
+        ]
+        events = client.train(images=images, recipe=values, cancel_on_disconnect=cancel_on_disconnect)
         follow(events, json=json, samples=samples, detach=detach)
 
 

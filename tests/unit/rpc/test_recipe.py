@@ -198,6 +198,9 @@ def test_what_a_server_cannot_do_is_refused_by_name() -> None:
     assert "not on this server yet" in found["recipe.use_ema"]
     assert "not on this server yet" in found["recipe.noise_offset"]
     assert not decode(base, use_ema=False).use_ema
+    cannot_cache = replace(BASE, training=TrainingAbilities(unheeded=("cache_text_embeddings",)))
+    assert decode(cannot_cache, method="pivotal", placeholder_tokens=["<otto>"])
+    assert refused(cannot_cache, cache_text_embeddings=False).keys() == {"recipe.cache_text_embeddings"}
 
 
 def test_a_word_of_the_base_is_no_new_token() -> None:

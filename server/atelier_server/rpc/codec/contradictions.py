@@ -56,7 +56,9 @@ def _check_method(checks: Checks, recipe: Recipe, base: BaseInfo) -> None:
             f"there is {', '.join(can.precisions)}",
         )
     for field in can.unheeded:
-        if getattr(recipe, field) != getattr(_DEFAULTS, field):
+        # Where the text side learns, captions are not cached: nobody asked for that.
+        follows = field == "cache_text_embeddings" and recipe.learns_text
+        if not follows and getattr(recipe, field) != getattr(_DEFAULTS, field):
             checks.refuse(f"recipe.{field}", "is not on this server yet; leave it out")
     if _without_lora(recipe):
         for field in _LORA_ONLY:
