@@ -52,6 +52,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "orthogonal": {"init_lora_weights": "orthogonal", "use_rslora": True},
     "textual_inversion": {**WORDS, "method": "textual_inversion", "num_vectors": 2},
     "pivotal": {**WORDS, "method": "pivotal", "train_text_encoder_ti_frac": 0.4, "token_lr": 1e-2},
+    "pivotal+dreambooth": {**WORDS, "method": "pivotal", "pivotal_method": "dreambooth"},
+    "dreambooth": {"method": "dreambooth", "learning_rate": 1e-4},
+    "dreambooth+text": {
+        "method": "dreambooth",
+        "train_text_encoder": True,
+        "learning_rate": 1e-4,
+        "text_encoder_lr": 5e-5,
+    },
 }
 BESIDE = ("alone", "shared", "serving")
 # What `make test` takes: every method, every family, every company.
@@ -64,6 +72,7 @@ QUICK = {
     ("olora", "sdxl", "alone"),
     ("textual_inversion", "sd1", "shared"),
     ("pivotal", "sdxl", "serving"),
+    ("dreambooth+text", "sd1", "serving"),
 }
 CASES = [
     pytest.param(case, id="-".join(case), marks=() if case in QUICK else pytest.mark.soak)

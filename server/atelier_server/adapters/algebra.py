@@ -113,17 +113,17 @@ def _range(matrix: Tensor, size: int) -> Tensor:
     """An orthonormal basis [o,size] of the directions in which the matrix is largest."""
     # A generator of its own: the same matrix gives the same factors, and nobody else's numbers move.
     start = torch.randn(matrix.shape[1], size, generator=torch.Generator().manual_seed(0))
-    basis: Tensor = torch.linalg.qr(matrix @ start)[0]
+    basis: Tensor = torch.linalg.qr(matrix @ start.to(matrix.device))[0]
     for _ in range(_POWER_ITERATIONS):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis)[0])[0]
     return basis
 
 
 def module_of(pair: Pair, shape: Sequence[int], bias: Tensor | None = None) -> LoraModule:
-    """The pair as a module of a layer whose weight has `shape`, float32, at scale 1."""
+    """The pair as a module of a layer whose weight has `shape`, float32 on the CPU, at scale 1."""
     rank = pair.a.shape[0]
-    a = pair.a.float().reshape(rank, *shape[1:]).contiguous()
-    b = pair.b.float().reshape(shape[0], rank, *(1 for _ in shape[2:])).contiguous()
+    a = pair.a.float().cpu().reshape(rank, *shape[1:]).contiguous()
+    b = pair.b.float().cpu().reshape(shape[0], rank, *(1 for _ in shape[2:])).contiguous()
     return LoraModule(a, b, float(rank), bias=bias)
 
 

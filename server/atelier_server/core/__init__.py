@@ -201,7 +201,8 @@ class TrainingJob:
     """A training to begin or to go on with.
 
     `resume_step` is the step of the last checkpoint in the store (0 = from the beginning), `sampled` the
-    (step, prompt index) pairs whose sample pictures are kept already.
+    (step, prompt index) pairs whose sample pictures are kept already. `bases` is the folder for full weights
+    of a base that is learned whole, "" where they are not kept.
     """
 
     id: str
@@ -211,6 +212,7 @@ class TrainingJob:
     images: tuple[TrainingImage, ...]
     resume_step: int = 0
     sampled: frozenset[tuple[int, int]] = frozenset()
+    bases: str = ""
 
     @property
     def priority(self) -> Priority:

@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +23,8 @@ from atelier_server.diffusion.quantization import Quantization, quantize
 from atelier_server.diffusion.text import TextEncoder, WordIds
 
 _log = logging.getLogger(__name__)
+# Of a pipeline, beside its components.
+_SETTINGS = ("force_zeros_for_empty_prompt", "requires_safety_checker")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -41,6 +44,7 @@ class BaseModel:
         quantization: Quantization = "",
         offloaded: Mapping[str, Offloaded] = MappingProxyType({}),
     ) -> None:
+        self._pipeline = pipeline
         self.family = family
         self.reference = reference
         self.sha256 = sha256
@@ -117,6 +121,21 @@ class BaseModel:
         ids = [encoder.tokenize(text, words.get(encoder.name)) for encoder in self.encoders]
         with self.at_work(*self.family.text_encoders):
             return self.family.encode(self.encoders, ids, 0)
+
+    def hearing_with(self, modules: Mapping[str, nn.Module]) -> BaseModel:
+        """This base, except that texts are encoded by those of `modules` that are text encoders of it."""
+        other = copy(self)
+        other.encoders = tuple(
+            TextEncoder(encoder.name, modules.get(encoder.name, encoder.model), encoder.tokenizer)
+            for encoder in self.encoders
+        )
+        return other
+
+    def pipeline_with(self, modules: Mapping[str, nn.Module]) -> Any:
+        """diffusers' pipeline of this base with `modules` in place of its own: what `serve --model` loads once
+        it is saved."""
+        settings = {key: self._pipeline.config[key] for key in _SETTINGS if key in self._pipeline.config}
+        return type(self._pipeline)(**{**self._pipeline.components, **settings, **modules})
 
     @property
     def max_clip_skip(self) -> int:

@@ -76,6 +76,14 @@ class Conditioning:
             {key: stacked([row.added[key] for row in rows]) for key in rows[0].added},
         )
 
+    def to(self, dtype: torch.dtype) -> Conditioning:
+        """Of that dtype; itself if it is."""
+        if self.prompt_embeds.dtype == dtype:
+            return self
+        return Conditioning(
+            self.prompt_embeds.to(dtype), {key: tensor.to(dtype) for key, tensor in self.added.items()}
+        )
+
     @classmethod
     def concatenated(cls, batches: Sequence[Conditioning], bucket: int) -> Conditioning:
         """The rows of stacked ones after each other, with rows of zeros after them up to `bucket`."""

@@ -141,10 +141,11 @@ def _losses(batches: Sequence[MicroBatch]) -> Iterator[list[Tensor]]:
         _checkpointing(stage),
     ):
         conditioning = Conditioning.concatenated([batch.conditioning for batch in batches], stage.bucket)
+        dtype = stage.denoiser.unet.dtype  # a private one is float32 whatever the base is
         prediction = stage.denoiser.predict(
-            _padded([batch.noisy for batch in batches], padding).to(conditioning.prompt_embeds.dtype),
+            _padded([batch.noisy for batch in batches], padding).to(dtype),
             _padded([batch.timesteps for batch in batches], padding),
-            conditioning,
+            conditioning.to(dtype),
         )
         pieces = torch.split(prediction, [*counts, padding] if padding else counts)
         yield [batch.loss(piece) for batch, piece in zip(batches, pieces, strict=False)]

@@ -41,6 +41,7 @@ from atelier_server.errors import AdapterMismatch, DataLoss, NonfiniteLoss, Unsu
 from atelier_server.training.checkpoint import read_state, recipe_sha256, write_state
 from atelier_server.training.company import Gradients, MicroBatch, Stage, StepReport, loss_of, micro_step
 from atelier_server.training.dataset import Batch, Dataset, Order
+from atelier_server.training.kept_bases import KeptBases
 from atelier_server.training.learning import Learning
 from atelier_server.training.methods import method_of
 from atelier_server.training.objective import Objective
@@ -63,7 +64,8 @@ class Trainer:
         self._dataset = Dataset()
         self._order = Order([], 0)
         self._method = method_of(job.recipe, base=base, denoiser=denoiser, bank=bank)
-        self._texts = Texts(base, bank, self._method)
+        self._texts = Texts(self._method.heard_by or base, bank, self._method)
+        self._bases = KeptBases(Path(job.bases) if job.bases else None)
         self._objective = Objective(job.recipe, self._method.denoiser)
         self._micro_losses: list[float] = []  # of the step that is being made
         self._losses: list[float] = []  # of steps since the last checkpoint
@@ -204,6 +206,15 @@ class Trainer:
         )
 
     # --------------------------------------------------------------------------------------- checkpoints
+    def publishing(self) -> Iterator[None]:
+        """What `publish` would take long for, in small pieces, for the weights of now.
+
+        Raises StorageFull.
+        """
+        yield from self._method.extracting()
+        if modules := self._method.full_modules:
+            yield from self._bases.keep(self.step, lambda: self._base.pipeline_with(modules))
+
     def publish(self) -> CheckpointRecord:
         """Publishes the weights of now, with all that is needed to go on from here to the same bits.
 
@@ -223,8 +234,10 @@ class Trainer:
             loss=sum(self._losses) / len(self._losses) if self._losses else None,
             rank=largest.rank if largest else 0,
             lora_alpha=largest.alpha if largest else 0.0,
+            kept_share=self._method.kept_share,
         )
         self._losses.clear()
+        self._bases.prune({self.step, self._recommended()})
         return self.published
 
     def adapter(self) -> CanonicalAdapter:
@@ -316,6 +329,11 @@ class Trainer:
         self._generator.set_state(tree["generator"])
         self._order.load_state_dict(tree["order"])
         self.bucket = tree.get("bucket", self.rows)
+
+    def _recommended(self) -> int:
+        """The step of the checkpoint that the adapter's name means now."""
+        recommended = self._store.version(self._job.name, self._job.version).recommended
+        return recommended.id.step if recommended else 0
 
     def _find(self, checkpoint: CheckpointId) -> CheckpointRecord | None:
         version = self._store.version(checkpoint.name, checkpoint.version)

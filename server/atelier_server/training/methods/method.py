@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from atelier_server.adapters.canonical import CanonicalAdapter
 from atelier_server.adapters.leaves import LeafSet
 from atelier_server.adapters.words import Words
 from atelier_server.core import Recipe
+from atelier_server.diffusion.base import BaseModel
 from atelier_server.diffusion.denoiser import Denoiser
 from atelier_server.training.parts import Part, Phase
 
@@ -30,6 +31,8 @@ class Method(ABC):
     text_leaves: LeafSet = NOTHING
     shares: bool = True
     """Whether its rows may be in one forward with those of others: not those of a U-Net of its own."""
+    heard_by: BaseModel | None = None
+    """The base whose text encoders hear the captions, where it is not the resident one."""
 
     def __init__(self, recipe: Recipe, denoiser: Denoiser) -> None:
         self.recipe = recipe
@@ -43,6 +46,20 @@ class Method(ABC):
     @abstractmethod
     def adapter(self) -> CanonicalAdapter:
         """What was learned, with the weights of now: a copy on the CPU."""
+
+    def extracting(self) -> Iterator[None]:
+        """What `adapter` would take long for, in small pieces."""
+        yield from ()
+
+    @property
+    def kept_share(self) -> float | None:
+        """How much of what was learned is in `adapter`, where that is not all of it."""
+        return None
+
+    @property
+    def full_modules(self) -> Mapping[str, nn.Module]:
+        """Whole components of the base that were learned, by name: worth a base of their own."""
+        return {}
 
     def words(self) -> Words:
         """The tokens that captions may use, within the graph."""

@@ -6,10 +6,10 @@ The idea is that of arXiv 2106.05744, in the form that diffusers' train_dreamboo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from atelier_server.adapters.bank import SlotBank
 from atelier_server.adapters.canonical import CanonicalAdapter
@@ -61,6 +61,18 @@ class Pivotal(Method):
     def adapter(self) -> CanonicalAdapter:
         learned = CanonicalAdapter({}) if self._learns_tokens else self._weights.adapter()
         return replace(learned, tokens=self._tokens.canonical())
+
+    def extracting(self) -> Iterator[None]:
+        if not self._learns_tokens:
+            yield from self._weights.extracting()
+
+    @property
+    def kept_share(self) -> float | None:
+        return None if self._learns_tokens else self._weights.kept_share
+
+    @property
+    def full_modules(self) -> Mapping[str, nn.Module]:
+        return {} if self._learns_tokens else self._weights.full_modules
 
     def constants(self) -> Mapping[str, Tensor]:
         return self._weights.constants()
