@@ -59,8 +59,10 @@ def training(job_id: str, *, resume_step: int = 0, **fields: object) -> Training
 
 class FakeRun:
     """A training whose steps do nothing. `broken` maps a step to the error of it, `unwritten` to that of its
-    checkpoint; a step takes `micro_steps`.
+    checkpoint; a step takes `micro_steps`, and a checkpoint `pieces` of work before it is published.
     """
+
+    pieces = 0
 
     def __init__(self, job: TrainingJob, place: Place, micro_steps: int) -> None:
         self.job, self.place, self.micro_steps = job, place, micro_steps
@@ -81,6 +83,9 @@ class FakeRun:
             return None
         self.step += 1
         return StepReport(1.0 / self.step, 1e-4)
+
+    def publishing(self) -> Iterator[None]:
+        yield from [None] * self.pieces
 
     def publish(self) -> Published:
         assert not self.accumulated

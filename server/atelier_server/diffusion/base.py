@@ -132,8 +132,7 @@ class BaseModel:
         return other
 
     def pipeline_with(self, modules: Mapping[str, nn.Module]) -> Any:
-        """diffusers' pipeline of this base with `modules` in place of its own: what `serve --model` loads once
-        it is saved."""
+        """diffusers' pipeline of this base with `modules` in place of its own; saved, `serve` loads it."""
         settings = {key: self._pipeline.config[key] for key in _SETTINGS if key in self._pipeline.config}
         return type(self._pipeline)(**{**self._pipeline.components, **settings, **modules})
 

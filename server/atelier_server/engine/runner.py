@@ -77,6 +77,10 @@ class TrainingRun(Protocol):
     def prepare(self) -> Iterator[None]:
         """Gets everything ready in small pieces; resumes from the last checkpoint."""
 
+    def publishing(self) -> Iterator[None]:
+        """What `publish` would take long for, in small pieces; the training takes no step meanwhile. What has
+        been done for the weights of now is not done again."""
+
     def publish(self) -> Published:
         """Publishes the weights of now, atomically, with all that is needed to go on from here.
 

@@ -34,12 +34,15 @@ PROGRESS_INTERVAL = 0.1  # seconds between two progress events of a training
 
 @dataclass(slots=True)
 class Training:
-    """One training. `preparing` is None once it steps; `accumulating`: a step of it is not done yet."""
+    """One training. `preparing` is None once it steps; `publishing`, while it takes no steps, is the work on
+    a checkpoint; `accumulating`: a step of it is not done yet.
+    """
 
     job: TrainingJob
     run: TrainingRun
     preparing: Iterator[None] | None
     origin: Origin = NOWHERE
+    publishing: Iterator[None] | None = None
     submitted: float = field(default_factory=monotonic)
     began: float = 0.0
     published_at: tuple[int, float] = (0, 0.0)  # step and time
@@ -49,12 +52,14 @@ class Training:
     @property
     def finished(self) -> bool:
         """It needs no more steps; its samples may still be painted."""
-        return self.preparing is None and self.run.step >= self.job.recipe.max_train_steps
+        at_work = self.preparing is not None or self.publishing is not None
+        return not at_work and self.run.step >= self.job.recipe.max_train_steps
 
     @property
     def place(self) -> Place:
-        """In the next micro-step; what prepares is alone."""
-        return Place() if self.preparing is not None else self.run.place
+        """In the next micro-step; what prepares or publishes is alone."""
+        at_work = self.preparing is not None or self.publishing is not None
+        return Place() if at_work else self.run.place
 
 
 class Trainings:
@@ -84,10 +89,15 @@ class Trainings:
 
     # --------------------------------------------------------------------------------------- micro-steps
     def advance(self, training_ids: Sequence[str]) -> None:
-        """One small piece of device work: a piece of one's preparation, or a micro-step of all of these."""
+        """One small piece of device work: a piece of one's preparation or checkpoint, or a micro-step of all
+        of these.
+        """
         trainings = [self.live[training_id] for training_id in training_ids]
         if trainings[0].preparing is not None:
             self._or_stop(trainings[0], self._prepare)
+            return
+        if trainings[0].publishing is not None:
+            self._or_stop(trainings[0], self._go_on_publishing)
             return
         before = monotonic()
         outcomes = self._steps.take([(training.job.id, training.run) for training in trainings])
@@ -123,7 +133,6 @@ class Trainings:
         training.accumulating = outcome is None
         if outcome is not None:
             self._report(training, outcome)
-            self._rest_if_finished(training)
 
     def _report(self, training: Training, report: StepReport) -> None:
         job, recipe, now = training.job, training.job.recipe, monotonic()
@@ -140,9 +149,22 @@ class Trainings:
                 )
             )
         if publishes:
+            training.publishing = training.run.publishing()
+            self._go_on_publishing(training)
+
+    def _go_on_publishing(self, training: Training) -> None:
+        assert training.publishing is not None
+        try:
+            next(training.publishing)
+        except StopIteration:
             self._paint(training, self._publish(training))
+            self._rest_if_finished(training)
 
     def _publish(self, training: Training) -> Published:
+        """All at once what is left of it."""
+        for _ in training.publishing or training.run.publishing():
+            pass
+        training.publishing = None
         before = monotonic()
         (from_step, since), step = training.published_at, training.run.step
         self._tell(training, "train", since, before, from_step=from_step, to_step=step)

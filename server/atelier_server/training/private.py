@@ -1,4 +1,4 @@
-"""A copy of a module of the base for one training alone: its own weights in float32, none of the bank's layers."""
+"""A copy of a module of the base for one training: its own weights in float32, none of the bank's layers."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ def fill(empty: nn.Module, module: nn.Module, device: torch.device) -> dict[str,
     for name, buffer in module.named_buffers():
         owner, _, last = name.rpartition(".")
         setattr(empty.get_submodule(owner), last, buffer.detach().to(device, copy=True))
-    own = dict(empty.named_parameters())
+    own: dict[str, nn.Parameter] = dict(empty.named_parameters())
     missing = [name for name, tensor in _tensors(empty).items() if tensor.is_meta]
     if missing or own.keys() != weights.keys():
         raise ValueError(f"{type(module).__name__} is not copied whole: {missing[:3]}")
-    return {name: parameter.requires_grad_() for name, parameter in own.items()}
+    empty.requires_grad_()
+    return own
 
 
 def _tensors(module: nn.Module) -> Mapping[str, Tensor]:

@@ -112,6 +112,9 @@ class TrainerRun:
             self._has_stepped = True
             self.state_bytes = self.trainer.state_bytes()
 
+    def publishing(self) -> Iterator[None]:
+        return self.trainer.publishing()
+
     def publish(self) -> Published:
         with self._context():  # it looks at the last batch once more
             return _published(self.trainer.publish())

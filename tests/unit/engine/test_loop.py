@@ -47,7 +47,7 @@ from atelier_server.messages import (
     UnloadAdapter,
 )
 from atelier_server.report import AdapterReport, ImportTerms
-from tests.fakes import REPORT, FakeRunner, generation, training, use
+from tests.fakes import REPORT, FakeRun, FakeRunner, generation, training, use
 
 
 class AtOnce(Executor):
@@ -252,6 +252,31 @@ def test_a_sample_that_fails_is_a_warning() -> None:
     desk.send(Submit(training("o-1", max_train_steps=1, validation_prompts=("p",)))).until(1)
     assert desk.of(TrainingWarning)[0].reason == "SAMPLE_FAILED"  # type: ignore[union-attr]
     assert desk.of(TrainingCompleted)[0].state is State.SUCCEEDED  # type: ignore[union-attr]
+
+
+def test_pictures_are_painted_between_the_pieces_of_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeRun, "pieces", 50)
+    desk = Desk()
+    desk.send(Submit(training("otto-1", max_train_steps=4, checkpointing_steps=2)))
+    while not desk.runner.runs or desk.runner.runs["otto-1"].step < 2:
+        desk.loop.turn()
+    desk.send(Submit(generation("g1", num_inference_steps=3))).until(1)
+    assert not desk.of(CheckpointPublished), "the picture came first"
+    assert desk.runner.runs["otto-1"].step == 2, "no step is taken meanwhile"
+    desk.until(2)
+    assert [e.checkpoint.step for e in desk.of(CheckpointPublished)] == [2, 4]
+
+
+def test_a_training_that_is_cancelled_amid_a_checkpoint_publishes_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(FakeRun, "pieces", 50)
+    desk = Desk()
+    desk.send(Submit(training("otto-1", max_train_steps=9, checkpointing_steps=2)))
+    while not desk.runner.runs or desk.runner.runs["otto-1"].step < 2:
+        desk.loop.turn()
+    desk.send(Cancel("otto-1")).until(1)
+    assert [e.checkpoint.step for e in desk.of(CheckpointPublished)] == [2]
 
 
 def test_cancelling_a_training_keeps_what_it_has_learned() -> None:

@@ -121,9 +121,7 @@ def test_the_resident_base_is_not_touched(resident: BaseModel, open_trainer: Ope
     assert trainer.company is None
 
 
-def test_the_adapter_is_the_private_unet(
-    resident: BaseModel, bank: SlotBank, open_trainer: Open
-) -> None:
+def test_the_adapter_is_the_private_unet(resident: BaseModel, bank: SlotBank, open_trainer: Open) -> None:
     """With all ranks, norms and biases it predicts what the private U-Net does; with fewer, nearly."""
     trainer = run(open_trainer(rank=32), 3)
     assert publish(trainer) == pytest.approx(1.0, abs=1e-4)
@@ -160,9 +158,7 @@ def test_it_goes_on_to_the_same_bits(open_trainer: Open, text: bool) -> None:
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
-def test_the_full_weights_are_kept_as_a_base(
-    resident: BaseModel, open_trainer: Open, tmp_path: Path
-) -> None:
+def test_the_full_weights_are_kept_as_a_base(resident: BaseModel, open_trainer: Open, tmp_path: Path) -> None:
     """One that paints what the trainer's own U-Net and text encoder paint; older ones are gone."""
     trainer = open_trainer(train_text_encoder=True)
     for _ in range(2):

@@ -32,7 +32,9 @@ class Dreambooth(Method):
             told = f"it learns the base's own weights, which are in {base.quantization} here (--quantize)"
             raise InvalidRequest.of([Violation("recipe.method", f"'dreambooth': {told}; use lora")])
         components = ("unet", *(base.family.text_encoders if recipe.train_text_encoder else ()))
-        self.modules: dict[str, nn.Module] = {name: private.outline(base.modules[name]) for name in components}
+        self.modules: dict[str, nn.Module] = {
+            name: private.outline(base.modules[name]) for name in components
+        }
         super().__init__(recipe, Denoiser(self.modules["unet"], base.scheduler_config))
         self._resident = base
         self._bank = bank
@@ -63,6 +65,8 @@ class Dreambooth(Method):
     # ---------------------------------------------------------------------------------------- the adapter
     def extracting(self) -> Iterator[None]:
         """Works out the adapter of the weights of now, a layer between two yields."""
+        if self._tuning is not None:
+            return
         tuning = Tuning(
             tuned={name: p for part in self.parts for name, p in part.parameters.items()},
             base={
