@@ -1,4 +1,4 @@
-"""kill -9 of the worker and of the front: a pause for the clients, and nothing else."""
+"""kill -9 of the worker and of the front: a pause for the clients, and nothing else. See also test_kills."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from atelier import (
     TrainingState,
 )
 from tests.process.server import Server, wait_gone
-from tests.process.weights import tensors
 
 pytestmark = pytest.mark.process
 
@@ -103,23 +102,6 @@ def test_the_front_is_killed_under_a_training(server: Server) -> None:
     assert numbers(events) == list(range(1, len(events) + 1))
     assert isinstance(events[-1], TrainingCompleted)
     assert events[-1].state is TrainingState.SUCCEEDED
-
-
-def test_a_disturbed_training_ends_with_the_weights_of_an_undisturbed_one(
-    server: Server, tmp_path: Path
-) -> None:
-    with Client(server.address) as client, ThreadPoolExecutor(1) as pool:
-        checkpoints: SimpleQueue[int] = SimpleQueue()
-        watch(client, "calm", checkpoints)
-        while not checkpoints.empty():
-            checkpoints.get()
-        training = pool.submit(watch, client, "storm", checkpoints)
-        checkpoints.get(timeout=120)
-        server.kill_worker()
-        training.result(timeout=240)
-        client.export_adapter("calm", tmp_path / "calm.safetensors")
-        client.export_adapter("storm", tmp_path / "storm.safetensors")
-    assert tensors(tmp_path / "calm.safetensors") == tensors(tmp_path / "storm.safetensors")
 
 
 def test_cancelling_keeps_what_was_learned_and_resuming_goes_on(server: Server) -> None:

@@ -24,7 +24,6 @@ from atelier_server.messages import (
     ExportAdapter,
     ExtractAdapter,
     ImportAdapter,
-    JobFailed,
     MergeAdapters,
 )
 
@@ -63,7 +62,7 @@ class Aside:
         runner: Runner,
         send: Callable[[Event], None],
         ask: Callable[[DeviceWork], None],
-        failure: Callable[[str, Exception], JobFailed],
+        failure: Callable[[str, Exception], CallFailed],
         executor: Executor | None = None,
     ) -> None:
         self._runner = runner
@@ -103,8 +102,7 @@ class Aside:
                 raise _ending()
             self._send(self._answer(command))
         except Exception as error:
-            failure = self._failure("", error)
-            self._send(CallFailed(command.call_id, failure.reason, failure.message, failure.metadata))
+            self._send(self._failure(command.call_id, error))
 
     def _answer(self, command: AsideCommand) -> Event:
         match command:

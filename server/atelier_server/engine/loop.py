@@ -13,6 +13,7 @@ from time import monotonic
 
 from atelier_server.core import CheckpointId, GenerationJob, TrainingJob
 from atelier_server.engine.aside import Aside, DeviceWork
+from atelier_server.engine.failures import Failures
 from atelier_server.engine.generations import Generations
 from atelier_server.engine.loading import Loading
 from atelier_server.engine.residency import Residency
@@ -28,12 +29,11 @@ from atelier_server.engine.scheduler import (
 )
 from atelier_server.engine.training_steps import TrainingSteps
 from atelier_server.engine.trainings import Trainings
-from atelier_server.errors import AtelierError, OutOfMemory
+from atelier_server.errors import AtelierError
 from atelier_server.messages import (
     AbandonCall,
     AdapterLoaded,
     AdaptersUnloaded,
-    CallFailed,
     Cancel,
     Command,
     DiffAdapters,
@@ -44,7 +44,6 @@ from atelier_server.messages import (
     ImageReady,
     ImportAdapter,
     JobCancelled,
-    JobFailed,
     LoadAdapter,
     MergeAdapters,
     Pause,
@@ -99,7 +98,9 @@ class Loop:
         self._runner = runner
         self._inbox = inbox
         self._send = emit
-        self._aside = Aside(runner=runner, send=emit, ask=inbox.put, failure=self._failure, executor=aside)
+        self._failures = Failures(runner, emit, self._origin)
+        failure = self._failures.of_call
+        self._aside = Aside(runner=runner, send=emit, ask=inbox.put, failure=failure, executor=aside)
         self.residency = Residency(slots)
         self.scheduler = Scheduler(self.residency, row_limit, training_share)
         self.generations = Generations(self._emit_generation)
@@ -111,10 +112,10 @@ class Loop:
             samples=self.samples,
             steps=TrainingSteps(
                 runner,
-                out_of_memory=partial(self._out_of_memory, phase="train"),
+                out_of_memory=partial(self._failures.out_of_memory, phase="train"),
                 crowded=self.scheduler.shrink_training,
             ),
-            failure=self._training_failure,
+            failure=self._failures.of_training,
             resting=self.scheduler.remove_training,
         )
         # What the heartbeat tells a watchdog: how many steps have begun, and whether there are none to do.
@@ -243,7 +244,7 @@ class Loop:
             try:
                 self._runner.open(task, slots)
             except Exception as error:
-                self._fail(task.job.id, self._out_of_memory(error, "generate") or error)
+                self._fail(task.job.id, self._failures.out_of_memory(error, "generate") or error)
                 return False
             task.started = True
             self.generations.opened(task, self._runner.steps(task), monotonic() - before)
@@ -257,7 +258,7 @@ class Loop:
         stood, and are scheduled anew. Where it cannot, those that need the whole forward fail.
         """
         failing = {task.job.id for task in batch.tasks}
-        if (memory := self._out_of_memory(error, "generate")) is not None:
+        if (memory := self._failures.out_of_memory(error, "generate")) is not None:
             error = memory
             if self.scheduler.shrink(batch):
                 return
@@ -266,20 +267,12 @@ class Loop:
         for job_id in failing:
             self._fail(job_id, error)
 
-    def _out_of_memory(self, error: Exception, phase: str) -> OutOfMemory | None:
-        """What to tell users if that was the error; what torch had cached is free again."""
-        memory = self._runner.out_of_memory(error)
-        if memory is not None:
-            _log.warning("out of memory (%s): %s", phase, memory.message)
-            self._send(Sample("out_of_memory_total", 1.0, (phase,)))
-        return memory
-
     def _decoded(self, task: ImageTask, picture: Decoded) -> None:
         self._runner.close(task)
         if task.job.id not in self.generations.live:
             return  # cancelled or failed meanwhile
         if picture.error is not None:
-            self._fail(task.job.id, self._out_of_memory(picture.error, "generate") or picture.error)
+            self._fail(task.job.id, self._failures.out_of_memory(picture.error, "generate") or picture.error)
         elif self.generations.decoded(task, picture):
             self.generations.end(task.job.id)
             if self.samples.owns(task.job.id):
@@ -296,19 +289,12 @@ class Loop:
                 self._send(event)
 
     def _fail(self, job_id: str, error: Exception) -> None:
-        failure = self._failure(job_id, error)
+        failure = self._failures.of(job_id, error)
         self._drop_generation(job_id)
         if self.samples.owns(job_id):
             self.trainings.sampled(self.samples.ended(job_id, failure))
         else:
             self._send(failure)
-
-    def _failure(self, job_id: str, error: Exception) -> JobFailed:
-        if isinstance(error, AtelierError):
-            return JobFailed(job_id, error.reason, error.message, tuple(error.metadata.items()))
-        about = {"job": job_id, "request_id": self._origin(job_id).request_id}
-        _log.error("a job failed", exc_info=error, extra={k: v for k, v in about.items() if v})
-        return JobFailed(job_id, "INTERNAL", "an internal error; the server's log has the details")
 
     def _origin(self, job_id: str) -> Origin:
         job = self.generations.live.get(job_id) or self.trainings.live.get(job_id)
@@ -328,13 +314,10 @@ class Loop:
         try:
             run = self._runner.open_training(job)
         except Exception as error:
-            self._send(self._failure(job.id, error))
+            self._send(self._failures.of(job.id, error))
             return
         training = self.trainings.begin(job, run, origin)
         self.scheduler.submit_training(job.id, lambda: training.place, job.priority)
-
-    def _training_failure(self, training_id: str, error: Exception) -> JobFailed:
-        return self._failure(training_id, self._out_of_memory(error, "train") or error)
 
     # ------------------------------------------------------------------------------------- cancel and drain
     def _cancel(self, job_id: str) -> None:
@@ -354,8 +337,7 @@ class Loop:
         try:
             self._send(self._answer(command))
         except Exception as error:
-            failure = self._failure("", error)
-            self._send(CallFailed(command.call_id, failure.reason, failure.message, failure.metadata))
+            self._send(self._failures.of_call(command.call_id, error))
 
     def _answer(self, command: LoadAdapter | UnloadAdapter) -> Event:
         match command:

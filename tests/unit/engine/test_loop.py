@@ -337,7 +337,8 @@ def test_trainings_that_do_not_fit_the_memory_together_are_fewer_and_lose_nothin
     assert not desk.of(JobFailed)
     assert sum(len(names) for names in together(desk)) == 24
     assert {len(names) for names in together(desk)} <= {1, 2}
-    assert desk.of(Sample).count(Sample("out_of_memory_total", 1.0, ("train",))) == 2, "4, then 3 at once"
+    told = desk.of(Sample).count(Sample("out_of_memory_total", 1.0, ("train",)))
+    assert 1 <= told <= 2, "4 at once and 3 at once, never again"
 
 
 def test_an_error_of_nobodys_own_is_found_by_halves() -> None:

@@ -179,9 +179,10 @@ def test_trainings_get_their_share_and_the_usual_interval_stays_as_it_was(
     desk.submit(generation("a", num_images=8))
     desk.submit_training("t")
     costs: dict[type[object], float] = {DenoiseBatch: 1.0, TrainStep: micro_step}
-    kinds = run(desk, costs, 4_000)
+    cycle = PATIENCE * (1 + share / (1 - share) / micro_step)  # of steps
+    kinds = run(desk, costs, int(8 * cycle))
     trained = kinds.count(TrainStep) * micro_step
-    assert trained / (trained + kinds.count(DenoiseBatch)) == pytest.approx(share, abs=0.03)
+    assert trained / (trained + kinds.count(DenoiseBatch)) == pytest.approx(share, abs=0.04)
     longer = [seconds for seconds in intervals(kinds, costs) if seconds > 1.0 + 1e-6]
     assert 0 < len(longer) <= kinds.count(DenoiseBatch) / PATIENCE
     ordered = sorted(intervals(kinds, costs))
