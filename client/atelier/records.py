@@ -160,7 +160,10 @@ class ExportedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """A training as it stands. `recipe` holds the fields that were set, by the contract's names."""
+    """A training as it stands. `recipe` holds the fields that were set, by the contract's names.
+
+    `kept_bases`, which `get_training` alone tells: folders on the server for `atelier serve --model`.
+    """
 
     id: str
     adapter: str
@@ -174,6 +177,7 @@ class Training:
     end_time: datetime | None
     reason: str
     message: str
+    kept_bases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,9 +119,8 @@ def plain_loop(name: str, folder: Path, images: list[Path]) -> Run:
         ("pocket", False),
         ("pocket", True),
         pytest.param(("sd1", False), marks=pytest.mark.soak),
-        ("sd2", False),
-        ("sdxl", True),
-        pytest.param(("sdxl", False), marks=pytest.mark.soak),
+        pytest.param(("sd2", False), marks=pytest.mark.soak),
+        pytest.param(("sdxl", True), marks=pytest.mark.soak),
     ],
 )
 def test_the_loss_curve_is_pefts(

@@ -109,5 +109,7 @@ def _show(training: Training, json: bool) -> None:
     output.out(f"step {training.step}, loss {training.loss:.4f}, {training.last_seq} events")
     if training.reason:
         output.out(f"{training.reason}: {training.message}")
+    for folder in training.kept_bases:
+        output.out(f"full weights: atelier serve --model {folder}")
     for name, value in training.recipe.items():
         output.out(f"  {name}: {value}")

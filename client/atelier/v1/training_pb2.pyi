@@ -965,6 +965,7 @@ class Training(_message.Message):
     END_TIME_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    KEPT_BASES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """e.g. otto-k3f9"""
     adapter: _builtins.str
@@ -982,6 +983,12 @@ class Training(_message.Message):
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def kept_bases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Folders on the server with the full weights of what "dreambooth" has learned, at the last and the recommended
+        checkpoint: `atelier serve --model FOLDER` serves them. They go with the training. Told by GetTraining alone.
+        """
+
     def __init__(
         self,
         *,
@@ -997,10 +1004,11 @@ class Training(_message.Message):
         end_time: _timestamp_pb2.Timestamp | None = ...,
         reason: _builtins.str = ...,
         message: _builtins.str = ...,
+        kept_bases: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "recipe", b"recipe"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "create_time", b"create_time", "end_time", b"end_time", "id", b"id", "last_seq", b"last_seq", "loss", b"loss", "message", b"message", "reason", b"reason", "recipe", b"recipe", "state", b"state", "step", b"step", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "create_time", b"create_time", "end_time", b"end_time", "id", b"id", "kept_bases", b"kept_bases", "last_seq", b"last_seq", "loss", b"loss", "message", b"message", "reason", b"reason", "recipe", b"recipe", "state", b"state", "step", b"step", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -53,6 +53,16 @@ class TrainingLog:
         with suppress(FileNotFoundError):
             shutil.rmtree(self.folder(training))
 
+    def bases_folder(self, training: str) -> Path:
+        """Where the worker keeps full weights, a folder a step."""
+        return self.folder(training).resolve() / "bases"
+
+    def bases(self, training: str) -> list[Path]:
+        """Those that are there, by step."""
+        found = self.bases_folder(training).glob("*/model_index.json")
+        steps = [path.parent for path in found if path.parent.name.isdigit()]
+        return sorted(steps, key=lambda path: int(path.name))
+
     async def append(self, training: str, payload: Payload, **changes: Any) -> None:
         """Writes the event and the changes of the training's record at once, then wakes its readers."""
         await self.book.do(self.book.append, training, payload, **changes)

@@ -69,7 +69,7 @@ def _learned(recipe: Recipe) -> float:
         return 0.0  # some vectors
     method = recipe.pivotal_method if recipe.method == "pivotal" else recipe.method
     if method == "dreambooth":
-        return _UNET_SHARE  # a private one, beside the resident one
+        return 1.0 if recipe.train_text_encoder else _UNET_SHARE  # private ones, beside the resident ones
     layers = sum(_LAYERS[target] for target in recipe.target_modules)
     text = _TEXT_SHARE if recipe.train_text_encoder else 0.0
     return _RANK_SHARE * recipe.rank * (layers + text)

@@ -312,6 +312,7 @@ class TrainingRuns:
             sampled=frozenset(
                 (e.payload.step, e.payload.index) for e in sampled if isinstance(e.payload, Sampled)
             ),
+            bases=str(self._log.bases_folder(run.id)),
         )
         run.submitted = True
         self._send(Submit(job, run.origin))

@@ -63,9 +63,9 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
                 yield pb.WatchTrainingResponse(event=event)
 
     async def GetTraining(self, request: pb.GetTrainingRequest, context: Context) -> pb.GetTrainingResponse:
-        return pb.GetTrainingResponse(
-            training=encode_training(await self._trainings.find(decode_training(request.training)))
-        )
+        record = await self._trainings.find(decode_training(request.training))
+        bases = await asyncio.to_thread(self._trainings.log.bases, record.id)
+        return pb.GetTrainingResponse(training=encode_training(record, bases))
 
     async def ListTrainings(
         self, request: pb.ListTrainingsRequest, context: Context

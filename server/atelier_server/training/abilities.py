@@ -10,7 +10,7 @@ from atelier_server.core import TrainingAbilities
 from atelier_server.diffusion.base import BaseModel
 
 # The methods of this trainer.
-METHODS = ("lora", "textual_inversion", "pivotal")
+METHODS = ("lora", "dreambooth", "textual_inversion", "pivotal")
 # Fields of a recipe that it does not heed yet.
 UNHEEDED = (
     "class_prompt",

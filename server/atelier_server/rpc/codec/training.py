@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from atelier.v1 import training_pb2 as pb
 from atelier_server.config import Limits
@@ -61,7 +63,7 @@ def decode_training(text: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- answers
-def encode_training(record: TrainingRecord) -> pb.Training:
+def encode_training(record: TrainingRecord, bases: Sequence[Path] = ()) -> pb.Training:
     message = pb.Training(
         id=record.id,
         adapter=record.adapter,
@@ -74,6 +76,7 @@ def encode_training(record: TrainingRecord) -> pb.Training:
         create_time=timestamp(record.create_time),
         reason=record.reason,
         message=record.message,
+        kept_bases=[str(path) for path in bases],
     )
     if record.end_time is not None:
         message.end_time.CopyFrom(timestamp(record.end_time))
