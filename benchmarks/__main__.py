@@ -16,6 +16,8 @@ NAMES = (
     "poisson",
     "strict",
     "control_call",
+    "training_many",
+    "serve_and_train",
     "load",
 )
 

@@ -68,6 +68,7 @@ class Painter(generation_pb2_grpc.GenerationServiceServicer, server_pb2_grpc.Ser
                 request.prompt,
                 num_inference_steps=request.num_inference_steps,
                 guidance_scale=request.guidance_scale,
+                num_images_per_prompt=max(1, request.num_images),
                 height=64,
                 width=64,
                 generator=torch.Generator("cpu").manual_seed(request.seed),
