@@ -201,8 +201,9 @@ class TrainingJob:
     """A training to begin or to go on with.
 
     `resume_step` is the step of the last checkpoint in the store (0 = from the beginning), `sampled` the
-    (step, prompt index) pairs whose sample pictures are kept already. `bases` is the folder for full weights
-    of a base that is learned whole, "" where they are not kept.
+    (step, prompt index) pairs whose sample pictures are kept already; `class_images` are the files of the
+    class pictures that are, by their numbers. `bases` is the folder for full weights of a base that is
+    learned whole, "" where they are not kept.
     """
 
     id: str
@@ -213,6 +214,7 @@ class TrainingJob:
     resume_step: int = 0
     sampled: frozenset[tuple[int, int]] = frozenset()
     bases: str = ""
+    class_images: tuple[tuple[int, str], ...] = ()
 
     @property
     def priority(self) -> Priority:

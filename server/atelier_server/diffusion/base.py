@@ -68,6 +68,8 @@ class BaseModel:
         if family.upcasts_vae and self.dtype == torch.float16 and self.vae.config.force_upcast:
             self.vae.float()
         self.latent_scale: int = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        # Sizes of pictures whose multiples the U-Net halves as often as it does without a rest.
+        self.size_step: int = self.latent_scale * 2 ** (len(self.unet.config.block_out_channels) - 1)
         self.latent_channels: int = self.vae.config.latent_channels
         # An inpainting model's U-Net takes mask and masked picture beside the latents.
         self.inpainting: bool = self.unet.config.in_channels == 2 * self.latent_channels + 1

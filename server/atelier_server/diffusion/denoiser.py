@@ -116,14 +116,18 @@ class Denoiser:
         latents: Tensor,
         noise: Tensor,
         timesteps: Tensor,
+        *,
         snr_gamma: float | None = None,
+        masks: Tensor | None = None,
     ) -> Tensor:
         """Mean squared error of each row against what the base predicts (noise, velocity or sample), [b].
 
-        `snr_gamma` turns on Min-SNR weighting (arXiv 2303.09556).
+        `snr_gamma` turns on Min-SNR weighting (arXiv 2303.09556). `masks` [b, 1, h, w] weigh the latent
+        pixels, before the mean over all of them, as kohya's masked loss does.
         """
         target = self._target(latents, noise, timesteps)
-        error = F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
+        squares = F.mse_loss(prediction.float(), target.float(), reduction="none")
+        error = (squares if masks is None else squares * masks).flatten(1).mean(1)
         if snr_gamma is None:
             return error
         snr = compute_snr(self._noise_scheduler, timesteps)

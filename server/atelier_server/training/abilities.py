@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-
-import torch
-
 from atelier_server.core import TrainingAbilities
 from atelier_server.diffusion.base import BaseModel
+from atelier_server.training.optimizers import optimizers_on
+from atelier_server.training.precision import precisions_on
 
 # The methods of this trainer.
 METHODS = ("lora", "dreambooth", "textual_inversion", "pivotal")
 # Fields of a recipe that it does not heed yet.
-UNHEEDED = (
-    "class_prompt",
-    "with_prior_preservation",
-    "output_preservation_weight",
-    "noise_offset",
-    "use_ema",
-    "mixed_precision",
-    "repeats",
-    "aspect_ratio_buckets",
-    "masked_loss",
-    "cache_latents",
-    "cache_text_embeddings",
-    "validation_split",
-)
-_OPTIMIZERS = ("adamw",)
+UNHEEDED = ("with_prior_preservation",)
 _END_OF_WORD = "</w>"
 
 
@@ -48,8 +32,8 @@ def abilities(base: BaseModel) -> TrainingAbilities:
     texts = ("train_text_encoder",) if texts_rest and "train_text_encoder" not in UNHEEDED else ()
     return TrainingAbilities(
         methods=tuple(method for method in METHODS if method not in without),
-        optimizers=_optimizers(base.device),
-        precisions=_precisions(base.device),
+        optimizers=optimizers_on(base.device),
+        precisions=precisions_on(base.device, base.dtype),
         unheeded=(*UNHEEDED, *texts),
         vocabulary=_vocabulary(base),
     )
@@ -62,19 +46,4 @@ def _vocabulary(base: BaseModel) -> frozenset[str]:
         for encoder in base.encoders
         for piece in encoder.tokenizer.get_vocab()
         if piece.endswith(_END_OF_WORD) or piece in encoder.tokenizer.all_special_tokens
-    )
-
-
-def _optimizers(device: torch.device) -> tuple[str, ...]:
-    """8-bit AdamW is a CUDA kernel of bitsandbytes."""
-    without = device.type != "cuda" or importlib.util.find_spec("bitsandbytes") is None
-    return tuple(name for name in _OPTIMIZERS if not (name == "adamw8bit" and without))
-
-
-def _precisions(device: torch.device) -> tuple[str, ...]:
-    """A CPU has no fast fp16, and some of its kernels none at all; GPUs before Ampere only imitate bf16."""
-    if device.type != "cuda":
-        return ("no", "bf16")
-    return (
-        ("no", "fp16", "bf16") if torch.cuda.is_bf16_supported(including_emulation=False) else ("no", "fp16")
     )

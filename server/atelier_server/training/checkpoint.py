@@ -99,7 +99,7 @@ def _first_format(tensors: dict[str, Tensor], rest: Tree) -> Tree:
         "step": rest["step"],
         "batch_size": rest["batch_size"],
         "generator": generator,
-        "order": {"permutation": rest["order"], "cursor": rest["cursor"]},
+        "order": {"": {"permutation": rest["order"], "cursor": rest["cursor"]}},
         "learning": {
             "optimizer": {"state": moments, "groups": [{"lr": rate} for rate in rest["learning_rates"]]},
             "lr_scheduler": rest["lr_scheduler"],

@@ -22,6 +22,7 @@ from atelier_server.adapters.leaves import LeafSet
 from atelier_server.diffusion.conditioning import Conditioning
 from atelier_server.diffusion.denoiser import Denoiser
 from atelier_server.errors import AtelierError
+from atelier_server.training.precision import Precision
 
 Gradients = Sequence[Tensor]
 """One a parameter, zeros where the loss does not depend on it: a token that no caption of the rows has."""
@@ -43,6 +44,7 @@ class Stage:
     denoiser: Denoiser
     bucket: int
     gradient_checkpointing: bool
+    precision: Precision
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,7 +52,8 @@ class MicroBatch:
     """A training's part of a forward: b rows, on the base's device.
 
     noisy [b,C,h,w], timesteps [b], b rows of conditioning, which may come out of the graph of text encoders
-    that learn. `loss` makes a scalar of the rows' prediction [b,C,h,w]; `parameters` are those that learn.
+    that learn. `loss` makes a scalar of the rows' prediction [b,C,h,w]; `parameters` are those that learn,
+    and their gradients those of `scale` times the loss.
     """
 
     noisy: Tensor
@@ -60,6 +63,7 @@ class MicroBatch:
     parameters: Sequence[nn.Parameter]
     loss: Callable[[Tensor], Tensor]
     stage: Stage
+    scale: Tensor | None = None
 
 
 Outcome = StepReport | Exception | None
@@ -109,7 +113,11 @@ def _learned(batches: Sequence[MicroBatch]) -> list[tuple[Tensor, Gradients]]:
     """Each one's loss, and the gradients of its parameters."""
     parameters = [parameter for batch in batches for parameter in batch.parameters]
     with _losses(batches) as losses:
-        total = torch.stack(losses).sum()
+        scaled = [
+            loss if batch.scale is None else loss * batch.scale
+            for batch, loss in zip(batches, losses, strict=True)
+        ]
+        total = torch.stack(scaled).sum()
         # One backward of the sum: rows have nothing in common, so neither have the gradients. Not `backward`,
         # which would leave half of them behind where it runs out of memory.
         gradients = (
@@ -142,11 +150,12 @@ def _losses(batches: Sequence[MicroBatch]) -> Iterator[list[Tensor]]:
     ):
         conditioning = Conditioning.concatenated([batch.conditioning for batch in batches], stage.bucket)
         dtype = stage.denoiser.unet.dtype  # a private one is float32 whatever the base is
-        prediction = stage.denoiser.predict(
-            _padded([batch.noisy for batch in batches], padding).to(dtype),
-            _padded([batch.timesteps for batch in batches], padding),
-            conditioning.to(dtype),
-        )
+        with stage.precision.context():
+            prediction = stage.denoiser.predict(
+                _padded([batch.noisy for batch in batches], padding).to(dtype),
+                _padded([batch.timesteps for batch in batches], padding),
+                conditioning.to(dtype),
+            )
         pieces = torch.split(prediction, [*counts, padding] if padding else counts)
         yield [batch.loss(piece) for batch, piece in zip(batches, pieces, strict=False)]
 

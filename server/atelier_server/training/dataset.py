@@ -1,203 +1,183 @@
-"""The pictures of a training, cached as the U-Net sees them.
+"""The pictures of a training as the U-Net sees them.
 
-A picture is decoded, turned upright, laid on white, scaled so that its shorter side is the resolution, and
-cropped to a square; then encoded once. What is cached is the posterior of the VAE, not a sample of it: every
-training step samples anew, as DreamBooth does without a cache. Random crops are drawn once, several a
-picture (`CROPS`), since an uncached crop would cost an encoding a step.
+What is cached of a picture is the posterior of the VAE, not a sample of it: every training step samples anew,
+as DreamBooth does without a cache. Random crops are drawn ahead then, several a picture (`CROPS`), since each
+costs an encoding. Without a cache a picture is read, cut and encoded in every step: any crop, and no memory.
 """
 
 from __future__ import annotations
 
+import collections.abc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Protocol
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Generator, Tensor
 
-from atelier_server.core import Recipe, TrainingImage
+from atelier_server.core import Recipe, TrainingImage, TrainingJob
 from atelier_server.diffusion.base import BaseModel
 from atelier_server.diffusion.conditioning import Framing
 from atelier_server.errors import InvalidRequest, Violation
-
-CROPS = 8  # random crops a picture
+from atelier_server.training.pictures import (
+    Crop,
+    Size,
+    bucket_sizes,
+    crops,
+    fresh_crop,
+    nearest_size,
+    opened,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class View:
-    """The latent posterior of one crop: mean and standard deviation, each [C,h,w], float32 on the CPU."""
+    """The latent posterior of one crop: mean and standard deviation, each [C,h,w], float32 on the CPU.
+
+    `mask` [1,h,w] weighs the loss of each latent pixel; None: all count the same.
+    """
 
     mean: Tensor
     std: Tensor
     framing: Framing
+    mask: Tensor | None = None
+
+
+class Example(Protocol):
+    """One picture of a training with its caption. `size` is that of all its crops, in pixels."""
+
+    @property
+    def caption(self) -> str: ...
+
+    @property
+    def size(self) -> Size: ...
+
+    def view(self, generator: Generator) -> View:
+        """A crop of it; all chance comes from `generator`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Example:
-    """One picture: its crops and mirror images, and its caption."""
+class CachedExample:
+    """Its crops and mirror images were encoded ahead."""
 
     views: Sequence[View]
     caption: str
 
+    @property
+    def size(self) -> Size:
+        height, width = self.views[0].framing.target
+        return width, height
+
+    def view(self, generator: Generator) -> View:
+        return self.views[int(torch.randint(len(self.views), (), generator=generator))]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FreshExample:
+    """Read from its file, cut and encoded each time. `name` is what an error calls it."""
+
+    path: str
+    name: str
+    caption: str
+    size: Size
+    recipe: Recipe
+    base: BaseModel
+
+    def view(self, generator: Generator) -> View:
+        crop = fresh_crop(opened(self.path, self.name), self.size, self.recipe, generator)
+        return encoded(crop, self.base)
+
 
 @dataclass(slots=True, eq=False)
 class Dataset:
-    """What a training looks at: pictures with captions."""
+    """`examples` teach, `class_examples` (by size) keep the class, `held_out` are for the validation loss."""
 
     examples: list[Example] = field(default_factory=list)
+    class_examples: dict[Size, list[Example]] = field(default_factory=dict)
+    held_out: list[Example] = field(default_factory=list)
 
-    def fill(
-        self, images: Sequence[TrainingImage], recipe: Recipe, base: BaseModel, generator: Generator
-    ) -> Iterator[None]:
-        """Encodes all pictures, one forward of the base between two yields.
+    def fill(self, job: TrainingJob, base: BaseModel, generator: Generator) -> Iterator[None]:
+        """Reads all pictures, one forward of the base between two yields.
 
         `generator` draws the crops. Raises InvalidRequest for a picture that cannot be read.
         """
-        for number, image in enumerate(images):
-            views = []
-            for crop in crops(_decoded(image, number), recipe, generator):
-                mean, std = base.encode_image(crop.pixels)
-                views.append(View(mean.float().cpu(), std.float().cpu(), crop.framing))
-                yield
-            self.examples.append(Example(tuple(views), image.caption or recipe.instance_prompt))
+        recipe = job.recipe
+        sizes = [(recipe.resolution, recipe.resolution)]
+        if recipe.aspect_ratio_buckets:
+            sizes = bucket_sizes(recipe.resolution, base.size_step)
+        reader = _Reader(recipe, base, generator)
+        still = replace(recipe, random_crop=False, random_flip=False, cache_latents=True)
+        held = held_out(len(job.images), recipe)
+        for number, image in enumerate(job.images):
+            captioned = replace(image, caption=image.caption or recipe.instance_prompt)
+            now, examples = (
+                (_Reader(still, base, generator), self.held_out)
+                if number in held
+                else (reader, self.examples)
+            )
+            examples.append((yield from now.read(captioned, f"images[{number}]", sizes)))
+        if recipe.with_prior_preservation:
+            # Cut to every size that a batch may have.
+            for size in sorted({example.size for example in self.examples}):
+                examples = self.class_examples[size] = []
+                for number, path in sorted(job.class_images):
+                    image = TrainingImage(path, recipe.class_prompt)
+                    examples.append((yield from reader.read(image, f"class_images[{number}]", [size])))
+
+    def of_size(self, size: Size) -> list[Example]:
+        return [example for example in self.examples if example.size == size]
 
     def captions(self, recipe: Recipe) -> list[str | None]:
         """All that rows may have, each once; None is a dropped one."""
-        captions = sorted({example.caption for example in self.examples})
-        return [*captions, None] if recipe.caption_dropout > 0 else [*captions]
+        captions = {example.caption for example in self._every()}
+        return [*sorted(captions), *([None] if recipe.caption_dropout > 0 else [])]
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything that is cached, for whoever counts memory."""
-        for view in (view for example in self.examples for view in example.views):
-            yield from (view.mean, view.std)
+        for example in self._every():
+            for view in example.views if isinstance(example, CachedExample) else ():
+                yield from (t for t in (view.mean, view.std, view.mask) if t is not None)
+
+    def _every(self) -> list[Example]:
+        return [*self.examples, *self.held_out, *(e for some in self.class_examples.values() for e in some)]
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """RGB, turned as its EXIF orientation says, transparency laid on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "P" or image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(ground, image)
-    elif image.mode.startswith("I;16"):
-        # Pillow clips 16-bit grey to 8 bits where the high byte is meant.
-        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+def held_out(count: int, recipe: Recipe) -> frozenset[int]:
+    """Which of so many pictures no step sees: a share drawn from the seed, at least one, never all."""
+    if recipe.validation_split <= 0:
+        return frozenset()
+    if count < 2:
+        told = f"{recipe.validation_split:g} of a single picture: there is none to hold out and one to learn"
+        raise InvalidRequest.of([Violation("recipe.validation_split", told)])
+    share = min(count - 1, max(1, round(recipe.validation_split * count)))
+    chance = torch.Generator().manual_seed(recipe.seed)
+    return frozenset(torch.randperm(count, generator=chance)[:share].tolist())
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Crop:
-    """A square of a picture, [3, resolution, resolution] in -1..1, and where it was cut."""
-
-    pixels: Tensor
-    framing: Framing
-
-
-def crops(image: Image.Image, recipe: Recipe, generator: Generator) -> list[Crop]:
-    """The squares of a picture that the training sees.
-
-    One at the centre, or CROPS random ones if `random_crop` and the picture is no square; with `random_flip`
-    each is followed by its mirror image.
-    """
-    size = recipe.resolution
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    scaled = image.resize((width, height), Image.Resampling.LANCZOS)
-    slack = (width - size, height - size)
-    if recipe.random_crop and any(slack):
-        corners = [
-            tuple(int(torch.randint(s + 1, (), generator=generator)) for s in slack) for _ in range(CROPS)
-        ]
-    else:
-        corners = [(slack[0] // 2, slack[1] // 2)]
-    squares = []
-    for left, top in corners:
-        pixels = _pixels(scaled.crop((left, top, left + size, top + size)))
-        original, target = (image.height, image.width), (size, size)
-        squares.append(Crop(pixels, Framing(original, (top, left), target)))
-        if recipe.random_flip:
-            # Cut from the mirrored picture.
-            squares.append(Crop(pixels.flip(-1), Framing(original, (top, slack[0] - left), target)))
-    return squares
-
-
-@dataclass(slots=True)
-class Order:
-    """Shuffled epochs: every picture once in each, over the borders of batches."""
-
-    permutation: list[int]
-    cursor: int
-
-    def take(self, count: int, size: int, generator: Generator) -> list[int]:
-        """The next `count` of `size` pictures."""
-        taken = []
-        for _ in range(count):
-            if self.cursor >= len(self.permutation):
-                self.permutation = torch.randperm(size, generator=generator).tolist()
-                self.cursor = 0
-            taken.append(self.permutation[self.cursor])
-            self.cursor += 1
-        return taken
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"permutation": list(self.permutation), "cursor": self.cursor}
-
-    def load_state_dict(self, tree: dict[str, Any]) -> None:
-        self.permutation, self.cursor = list(tree["permutation"]), tree["cursor"]
+def encoded(crop: Crop, base: BaseModel) -> View:
+    """As the U-Net sees it: a forward of the VAE."""
+    mean, std = base.encode_image(crop.pixels)
+    return View(mean.float().cpu(), std.float().cpu(), crop.framing, crop.latent_mask(base.latent_scale))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Batch:
-    """Rows of one micro-step: latents and noise [b,C,h,w], timesteps [b] (int64), b captions (None: dropped).
+class _Reader:
+    """Makes examples of files."""
 
-    `framings` tell how the rows' pictures were cut.
-    """
+    recipe: Recipe
+    base: BaseModel
+    generator: Generator
 
-    latents: Tensor
-    noise: Tensor
-    timesteps: Tensor
-    captions: Sequence[str | None]
-    framings: Sequence[Framing]
-
-    @classmethod
-    def draw(
-        cls,
-        examples: Sequence[Example],
-        *,
-        caption_dropout: float,
-        num_train_timesteps: int,
-        generator: Generator,
-    ) -> Batch:
-        """One row an example. All chance comes from `generator` (CPU), in a fixed order; lies on the CPU."""
-        views = [e.views[int(torch.randint(len(e.views), (), generator=generator))] for e in examples]
-        mean = torch.stack([view.mean for view in views])
-        std = torch.stack([view.std for view in views])
-        latents = mean + std * torch.randn(mean.shape, generator=generator)
-        noise = torch.randn(mean.shape, generator=generator)
-        timesteps = torch.randint(num_train_timesteps, (len(views),), generator=generator)
-        dropped = (torch.rand(len(views), generator=generator) < caption_dropout).tolist()
-        captions = [None if drop else e.caption for drop, e in zip(dropped, examples, strict=True)]
-        return cls(latents, noise, timesteps, captions, [view.framing for view in views])
-
-    def to(self, device: torch.device) -> Batch:
-        return replace(
-            self,
-            latents=self.latents.to(device),
-            noise=self.noise.to(device),
-            timesteps=self.timesteps.to(device),
-        )
-
-
-def _decoded(image: TrainingImage, number: int) -> Image.Image:
-    try:
-        with Image.open(image.path) as file:
-            return upright(file)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InvalidRequest.of([Violation(f"images[{number}]", f"cannot be decoded: {error}")]) from error
-
-
-def _pixels(image: Image.Image) -> Tensor:
-    values = torch.from_numpy(np.asarray(image, dtype=np.float32).copy())
-    return values.permute(2, 0, 1) / 127.5 - 1.0
+    def read(
+        self, image: TrainingImage, name: str, sizes: Sequence[Size]
+    ) -> collections.abc.Generator[None, None, Example]:
+        """A picture, cut to the nearest of the sizes; yields after each forward. An error calls it `name`."""
+        picture = opened(image.path, name)
+        size = nearest_size(picture.image.size, sizes)
+        if not self.recipe.cache_latents:
+            return FreshExample(image.path, name, image.caption, size, self.recipe, self.base)
+        views = []
+        for crop in crops(picture, size, self.recipe, self.generator):
+            views.append(encoded(crop, self.base))
+            yield
+        return CachedExample(tuple(views), image.caption)

@@ -6,11 +6,11 @@
 
 It is put together of parts that each know one thing:
 
-    Dataset    which pictures there are, and what a micro-batch of them is     dataset.py
+    Dataset    which pictures there are                                        dataset.py, pictures.py
+    Rows       which of them make the next micro-step, and what it measures    rows.py, batch.py, objective.py
     Method     what is learned, which of it when, what adapter comes of it     methods/
     Texts      captions as the U-Net hears them, kept or within the graph      texts.py
-    Objective  what the U-Net is shown, and the loss of what it answers        objective.py
-    Learning   accumulation, clipping, optimizer, schedule, of one phase       learning.py
+    Learning   accumulation, clipping, optimizer, schedule, average of a phase learning.py
 
 The base is the one that serves. What is being learned becomes visible to anybody else only as a checkpoint in
 the store. All chance comes from one CPU generator, whose state is part of every checkpoint, with everything
@@ -35,18 +35,17 @@ from atelier_server.adapters.store import ADAPTER_FILE, AdapterStore, Checkpoint
 from atelier_server.adapters.stored import decode_stored, write_stored
 from atelier_server.core import CheckpointId, TrainingJob
 from atelier_server.diffusion.base import BaseModel
-from atelier_server.diffusion.conditioning import Conditioning
 from atelier_server.diffusion.denoiser import Denoiser
 from atelier_server.errors import AdapterMismatch, DataLoss, NonfiniteLoss, UnsupportedFormat
+from atelier_server.training.batch import Batch
 from atelier_server.training.checkpoint import read_state, recipe_sha256, write_state
-from atelier_server.training.company import Gradients, MicroBatch, Stage, StepReport, loss_of, micro_step
-from atelier_server.training.dataset import Batch, Dataset, Order
+from atelier_server.training.company import Gradients, MicroBatch, StepReport, loss_of, micro_step
+from atelier_server.training.dataset import Dataset
 from atelier_server.training.kept_bases import KeptBases
 from atelier_server.training.learning import Learning
 from atelier_server.training.methods import method_of
-from atelier_server.training.objective import Objective
 from atelier_server.training.parts import Phase
-from atelier_server.training.texts import Texts
+from atelier_server.training.rows import Rows
 
 
 class Trainer:
@@ -62,11 +61,11 @@ class Trainer:
         self._store = store
         self._generator = torch.Generator().manual_seed(job.recipe.seed)
         self._dataset = Dataset()
-        self._order = Order([], 0)
         self._method = method_of(job.recipe, base=base, denoiser=denoiser, bank=bank)
-        self._texts = Texts(self._method.heard_by or base, bank, self._method)
+        self._rows = Rows(
+            job.recipe, base=base, denoiser=denoiser, bank=bank, method=self._method, dataset=self._dataset
+        )
         self._bases = KeptBases(Path(job.bases) if job.bases else None)
-        self._objective = Objective(job.recipe, self._method.denoiser)
         self._micro_losses: list[float] = []  # of the step that is being made
         self._losses: list[float] = []  # of steps since the last checkpoint
         self._drawn: Batch | None = None  # of a micro-step that has not ended
@@ -85,7 +84,7 @@ class Trainer:
         Raises InvalidRequest for a picture that cannot be read or a recipe that the base cannot follow,
         DataLoss for a checkpoint that cannot be read.
         """
-        yield from self._dataset.fill(self._job.images, self._recipe, self._base, self._generator)
+        yield from self._dataset.fill(self._job, self._base, self._generator)
         self._method.begin()
         if self._job.resume_step > 0:
             self._resume(CheckpointId(self._job.name, self._job.version, self._job.resume_step))
@@ -94,15 +93,21 @@ class Trainer:
         if self._recipe.exact or self._recipe.batch_bucket:
             self.settle(self._recipe.batch_bucket)
         if not self._hears:
-            yield from self._texts.keep(self._dataset.captions(self._recipe))
+            yield from self._rows.texts.keep(self._dataset.captions(self._recipe))
 
     def _enter(self, phase: Phase) -> None:
         """From here on the parts of this phase learn."""
         self._phase = phase
         self._method.enter(phase)
         parts = [part for part in self._method.parts if part.name in phase.parts]
-        self._learning = Learning(parts, self._recipe, phase.end - phase.begin)
-        self._texts.forget()
+        self._learning = Learning(
+            parts,
+            self._recipe,
+            phase.end - phase.begin,
+            device=self._base.device,
+            scaled=self._rows.precision.scaled,
+        )
+        self._rows.texts.forget()
 
     @property
     def _hears(self) -> bool:
@@ -112,7 +117,7 @@ class Trainer:
     @property
     def rows(self) -> int:
         """Of a micro-step."""
-        return self._recipe.train_batch_size
+        return self._rows.count
 
     def settle(self, bucket: int = 0) -> None:
         """Decides about the bucket, unless that has been done: at least its own rows."""
@@ -122,10 +127,11 @@ class Trainer:
     @property
     def kind(self) -> Hashable | None:
         """Equal for trainings whose rows could be in one forward. None: its rows are for themselves."""
-        if self._recipe.exact or not self._method.shares:
+        if self._recipe.exact or self._recipe.aspect_ratio_buckets or not self._method.shares:
             return None
         size = self._recipe.resolution
-        return self._base.latent_shape(size, size), self._recipe.gradient_checkpointing
+        shape = self._base.latent_shape(size, size)
+        return shape, self._recipe.gradient_checkpointing, self._rows.precision
 
     @property
     def company(self) -> Hashable | None:
@@ -140,7 +146,7 @@ class Trainer:
     def begin(self) -> MicroBatch:
         """The rows of the next micro-step, texts heard within the graph where they learn."""
         if self._drawn is None:
-            self._drawn = self._draw()
+            self._drawn = self._rows.draw(self._generator)
         return self._micro_batch(self._drawn)
 
     def finish(self, loss: Tensor, gradients: Gradients) -> StepReport | None:
@@ -153,7 +159,7 @@ class Trainer:
         value = loss.item()
         self._micro_losses.append(value)
         ends = self._learning.add(gradients)
-        if not math.isfinite(value) or (ends and not math.isfinite(self._learning.clip().item())):
+        if not math.isfinite(value) or (ends and not self._learning.clip()):
             self._learning.forget()
             raise self._nonfinite(self.step + 1, value)
         if not ends:
@@ -179,30 +185,13 @@ class Trainer:
             if outcome is not None:
                 return outcome
 
-    def _draw(self) -> Batch:
-        examples = self._dataset.examples
-        indices = self._order.take(self._recipe.train_batch_size, len(examples), self._generator)
-        batch = Batch.draw(
-            [examples[index] for index in indices],
-            caption_dropout=self._recipe.caption_dropout,
-            num_train_timesteps=self._method.denoiser.num_train_timesteps,
-            generator=self._generator,
-        )
-        return batch.to(self._base.device)
-
     def _micro_batch(self, batch: Batch) -> MicroBatch:
-        texts = self._texts.hear(batch.captions, learning=self._hears)
-        condition = self._base.family.condition
-        return MicroBatch(
-            noisy=self._objective.noisy(batch),
-            timesteps=batch.timesteps,
-            conditioning=Conditioning.stack(
-                [condition(*pair) for pair in zip(texts, batch.framings, strict=True)]
-            ),
-            leaves=self._method.leaves,
+        return self._rows.micro_batch(
+            batch,
+            bucket=self.bucket,
             parameters=self._learning.parameters,
-            loss=partial(self._objective.loss, batch),
-            stage=Stage(self._bank, self._method.denoiser, self.bucket, self._recipe.gradient_checkpointing),
+            hears=self._hears,
+            scale=self._learning.scale,
         )
 
     # --------------------------------------------------------------------------------------- checkpoints
@@ -211,6 +200,15 @@ class Trainer:
 
         Raises StorageFull.
         """
+        if not self._recipe.use_ema:
+            yield from self._publishing()
+            return
+        with self._learning.averaged():  # in one piece: nobody else may find the weights like this
+            for _ in self._publishing():
+                pass
+        yield
+
+    def _publishing(self) -> Iterator[None]:
         yield from self._method.extracting()
         if modules := self._method.full_modules:
             yield from self._bases.keep(self.step, lambda: self._base.pipeline_with(modules))
@@ -226,12 +224,15 @@ class Trainer:
             return self.published
         if not math.isfinite(loss_now := self._loss_now()):
             raise self._nonfinite(self.step, loss_now)
-        adapter = self.adapter()
+        with self._learning.averaged():
+            adapter = self._method.adapter()
+            validation_loss = self._rows.validation_loss(self.bucket or self.rows, hears=self._hears)
         largest = adapter.largest
         self.published = self._store.publish(
             checkpoint,
             partial(self._write, adapter),
             loss=sum(self._losses) / len(self._losses) if self._losses else None,
+            validation_loss=validation_loss,
             rank=largest.rank if largest else 0,
             lora_alpha=largest.alpha if largest else 0.0,
             kept_share=self._method.kept_share,
@@ -241,13 +242,14 @@ class Trainer:
         return self.published
 
     def adapter(self) -> CanonicalAdapter:
-        """A copy of the weights of now, on the CPU."""
-        return self._method.adapter()
+        """A copy of the weights of now, on the CPU; of their averages, if the recipe asks for these."""
+        with self._learning.averaged():
+            return self._method.adapter()
 
     def state_bytes(self) -> int:
         """What the training holds on the base's device between two steps: weights, optimizer, caches."""
         kept = [p for part in self._method.parts for p in part.parameters.values()]
-        held = [*self._learning.tensors(), *self._dataset.tensors(), *self._texts.tensors()]
+        held = [*self._learning.tensors(), *self._dataset.tensors(), *self._rows.texts.tensors()]
         return sum(t.nbytes for t in (*kept, *held) if t.device.type == self._base.device.type)
 
     @torch.no_grad()
@@ -284,7 +286,7 @@ class Trainer:
             "learning": self._learning.state_dict(),
             "micro_losses": self._micro_losses,
             "generator": self._generator.get_state(),
-            "order": self._order.state_dict(),
+            "order": self._rows.orders.state_dict(),
         }
 
     def _resume(self, checkpoint: CheckpointId) -> None:
@@ -327,7 +329,7 @@ class Trainer:
         self._learning.load_state_dict(tree["learning"])
         self._micro_losses = list(tree.get("micro_losses", ()))
         self._generator.set_state(tree["generator"])
-        self._order.load_state_dict(tree["order"])
+        self._rows.orders.load_state_dict(tree["order"])
         self.bucket = tree.get("bucket", self.rows)
 
     def _recommended(self) -> int:
