@@ -58,7 +58,8 @@ def _check_method(checks: Checks, recipe: Recipe, base: BaseInfo) -> None:
     for field in can.unheeded:
         # Where the text side learns, captions are not cached: nobody asked for that.
         follows = field == "cache_text_embeddings" and recipe.learns_text
-        if not follows and getattr(recipe, field) != getattr(_DEFAULTS, field):
+        refused = any(v.field == f"recipe.{field}" for v in checks.violations)
+        if not (follows or refused) and getattr(recipe, field) != getattr(_DEFAULTS, field):
             checks.refuse(f"recipe.{field}", "is not on this server yet; leave it out")
     if _without_lora(recipe):
         for field in _LORA_ONLY:
