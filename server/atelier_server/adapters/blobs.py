@@ -46,20 +46,31 @@ class Blobs:
         self._verified: dict[Path, tuple[int, int, int]] = {}
 
     # ------------------------------------------------------------------------------------------ writing
-    def put_folder(self, folder: Path) -> tuple[dict[str, StoredFile], float]:
+    def put_folder(self, folder: Path, own: str = "") -> tuple[dict[str, StoredFile], float]:
         """Every file of a staging folder by its name, and until when (seconds since the epoch) they may be
-        named.
+        named. Those whose name begins with `own` share their copy with nobody: see `remove`.
 
         What is stored is healed: a quarantined copy of the same content is forgotten.
         """
-        files = {path.name: self._put(path) for path in sorted(folder.iterdir()) if path.is_file()}
+        files = {
+            path.name: self._put(path, shared=not own or not path.name.startswith(own))
+            for path in sorted(folder.iterdir())
+            if path.is_file()
+        }
         begun = min((_time(file.blob) for file in files.values()), default=time.time())
         self._heal(*(file.sha256 for file in files.values()))
         return files, begun + 0.75 * self._grace
 
-    def _put(self, source: Path) -> StoredFile:
+    def remove(self, file: StoredFile) -> None:
+        """At once. Only for a copy that was nobody's else from the start. Idempotent."""
+        self._objects.remove(f"blobs/{file.blob}")
+        if self._cache is not None:
+            self._cache.drop(file.sha256)
+
+    def _put(self, source: Path, *, shared: bool) -> StoredFile:
         sha256, size = digest(source), source.stat().st_size
-        young = [key for key in self._copies(sha256) if time.time() - _time(key) < 0.5 * self._grace]
+        copies = self._copies(sha256) if shared else []
+        young = [key for key in copies if time.time() - _time(key) < 0.5 * self._grace]
         if young:
             return StoredFile(sha256, size, young[0].removeprefix("blobs/"))
         blob = f"{sha256[:2]}/{sha256}-{time.time_ns():016x}"

@@ -28,7 +28,7 @@ from atelier_server.adapters.catalog import (
 from atelier_server.adapters.labels import Labels
 from atelier_server.adapters.layout import migrate
 from atelier_server.adapters.objects import LocalObjects, Objects, RemoteObjects
-from atelier_server.adapters.records import AdapterVersion, CheckpointRecord, VersionMeta
+from atelier_server.adapters.records import TRAINING_STATE, AdapterVersion, CheckpointRecord, VersionMeta
 from atelier_server.adapters.shelf import Shelf, version_gone
 from atelier_server.adapters.staging import Staging
 from atelier_server.adapters.trash import Trash
@@ -39,6 +39,8 @@ __all__ = ["ADAPTER_FILE", "AdapterStore", "AdapterVersion", "CheckpointRecord",
 
 CACHE_BYTES = 20 * 2**30
 GRACE_SECONDS = 24 * 3600.0
+# In a manifest: its copies of a training's state are named by no other.
+_OWN_STATE = "own_state"
 
 
 class AdapterStore(Shelf):
@@ -169,8 +171,9 @@ class AdapterStore(Shelf):
             raise version_gone(checkpoint)
         with self._written(write) as files:
             manifest = _manifest(files, loss=loss, rank=rank, lora_alpha=lora_alpha)
-            facts = {"validation_loss": validation_loss, "kept_share": kept_share}
+            facts: dict[str, Any] = {"validation_loss": validation_loss, "kept_share": kept_share}
             manifest |= {name: value for name, value in facts.items() if value is not None}
+            manifest[_OWN_STATE] = True
             if self.read_version(checkpoint.name, checkpoint.version) is None:
                 raise version_gone(checkpoint)
             folder = f"{catalog.folder(checkpoint.name)}/v{checkpoint.version}"
@@ -189,14 +192,27 @@ class AdapterStore(Shelf):
             self._objects.remove(f"{catalog.folder(name)}/v{version}/version.json")
 
     def remove_checkpoint(self, checkpoint: CheckpointId) -> None:
-        """Takes one checkpoint of a version away for good; its files are freed with the next collection once
-        nothing names them and they are old enough. Never the last one. Idempotent.
+        """Takes one checkpoint of a version away for good; its weights are freed by collection, when nothing
+        names them and they are old. Raises ValueError for the last one of its version.
         """
-        found = self.read_version(checkpoint.name, checkpoint.version)
-        if found is None or found.recommended is None or found.recommended.id == checkpoint:
-            raise ValueError(f"{checkpoint} is not there to be removed, or the last of its version")
+        self.forget_state(checkpoint)
         folder = f"{catalog.folder(checkpoint.name)}/v{checkpoint.version}"
         self._objects.remove(f"{folder}/{checkpoint.step:06d}.json")
+
+    def forget_state(self, checkpoint: CheckpointId) -> None:
+        """Frees at once what only a training needs of a checkpoint, to go on from it. Idempotent.
+
+        Raises ValueError for the last one of its version: a training goes on from that.
+        """
+        found = self.read_version(checkpoint.name, checkpoint.version)
+        if found is None or found.recommended is None or found.recommended.id.step <= checkpoint.step:
+            raise ValueError(f"{checkpoint} is the last of its version, or there is none")
+        version = self._entries(checkpoint.name).versions[checkpoint.version]
+        manifest = self._catalog.manifest(version, checkpoint.step) or {}
+        if manifest.get(_OWN_STATE):
+            for name, file in catalog.stored_files(manifest).items():
+                if name.startswith(TRAINING_STATE):
+                    self._blobs.remove(file)
 
     def delete(self, name: str, version: int | None = None) -> None:
         """Hides one version, or the whole adapter, until it is undeleted or collected. Raises
@@ -211,7 +227,7 @@ class AdapterStore(Shelf):
         with self._staging.folder() as staged:
             write(staged)
             while True:
-                files, until = self._blobs.put_folder(staged)
+                files, until = self._blobs.put_folder(staged, own=TRAINING_STATE)
                 if time.time() < until:
                     break
             yield files

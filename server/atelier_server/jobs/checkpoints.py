@@ -80,15 +80,20 @@ class Checkpoints:
             await asyncio.to_thread(thumbnails.keep, self._store, checkpoint, event.data)
 
     async def prune(self, run: Run) -> None:
-        """Removes what the recipe does not keep. What cannot be removed now is the next one's to remove."""
-        if not run.recipe.keep_last:
-            return
+        """Removes what the recipe does not keep, and of what it keeps all that only the newest needs.
+
+        What cannot be removed now is the next one's to remove.
+        """
 
         def prune() -> None:
             records = _checkpoints_of(self._store, run.adapter, run.version)
             for record in superseded(records, run.recipe):
                 if not self._in_use(record.id):
                     self._store.remove_checkpoint(record.id)
+            for record in records[:-1]:
+                if record.id.step not in run.freed:
+                    self._store.forget_state(record.id)
+                    run.freed.add(record.id.step)
 
         try:
             await asyncio.to_thread(prune)

@@ -40,7 +40,8 @@ class Run:
         self.paused = record.state is State.PAUSED
         self.crash_step = record.crash_step
         self.suspect = record.crash_count >= SUSPECT_CRASHES
-        self.checkpoints: set[int] = set()
+        self.checkpoints: set[int] = set()  # steps whose event is written
+        self.freed: set[int] = set()  # steps of which only the weights are left
         self._show = show
         self._held: TrainingProgress | None = None
         self._timer: asyncio.TimerHandle | None = None

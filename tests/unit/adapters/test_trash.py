@@ -187,9 +187,30 @@ def test_only_the_newest_checkpoint_keeps_what_a_training_goes_on_from(place: Pl
     assert not any(version.damaged for version in store.versions())
 
 
-def _publish_with_state(store: AdapterStore, step: int) -> None:
+def test_what_only_a_training_needs_is_freed_at_once_and_never_its_twins(place: Place) -> None:
+    """Two trainings of one recipe have the same state, to the bit; what one frees is not the other's."""
+    store = place.open()
+    for name in ("otto", "twin"):
+        create(store, name)
+        for step in (50, 100):
+            _publish_with_state(store, step, name)
+    before = len(keys(store, "blobs"))
+    with pytest.raises(ValueError, match="last"):
+        store.forget_state(CheckpointId("otto", 1, 100))
+    for _ in range(2):
+        store.forget_state(CheckpointId("otto", 1, 50))
+    assert len(keys(store, "blobs")) == before - 1
+    for handle in (store, place.open("two")):
+        for name, step in (("otto", 100), ("twin", 50), ("twin", 100)):
+            found = handle.file(CheckpointId(name, 1, step), "training-state.bin")
+            assert found.read_bytes() == b"state %d" % step
+        assert handle.fetch(handle.resolve(AdapterRef("otto", "50"))).read_bytes() == b"weights 50"
+        assert not any(version.damaged for version in handle.versions())
+
+
+def _publish_with_state(store: AdapterStore, step: int, name: str = "otto") -> None:
     def write(folder: Path) -> None:
         (folder / ADAPTER_FILE).write_bytes(b"weights %d" % step)
         (folder / "training-state.bin").write_bytes(b"state %d" % step)
 
-    store.publish(CheckpointId("otto", 1, step), write, loss=0.5, rank=4, lora_alpha=4.0)
+    store.publish(CheckpointId(name, 1, step), write, loss=0.5, rank=4, lora_alpha=4.0)
