@@ -42,9 +42,9 @@ class AdapterCalls:
         request = pb.GetAdapterRequest(adapter=adapter)
         return decode(Adapter, self._call(self._adapters.GetAdapter, request).adapter)
 
-    def load_adapter(self, adapter: str) -> LoadedAdapter:
-        """Copies a checkpoint into a device slot before it is asked for."""
-        request = pb.LoadAdapterRequest(adapter=adapter)
+    def load_adapter(self, adapter: str, *, pin: bool = False) -> LoadedAdapter:
+        """Copies a checkpoint into a device slot before it is asked for; `pin`: until it is unloaded."""
+        request = pb.LoadAdapterRequest(adapter=adapter, pin=pin)
         return decode(LoadedAdapter, self._call(self._adapters.LoadAdapter, request))
 
     def unload_adapter(self, adapter: str) -> int:
@@ -136,9 +136,9 @@ class AsyncAdapterCalls:
         request = pb.GetAdapterRequest(adapter=adapter)
         return decode(Adapter, (await self._call(self._adapters.GetAdapter, request)).adapter)
 
-    async def load_adapter(self, adapter: str) -> LoadedAdapter:
-        """Copies a checkpoint into a device slot before it is asked for."""
-        request = pb.LoadAdapterRequest(adapter=adapter)
+    async def load_adapter(self, adapter: str, *, pin: bool = False) -> LoadedAdapter:
+        """Copies a checkpoint into a device slot before it is asked for; `pin`: until it is unloaded."""
+        request = pb.LoadAdapterRequest(adapter=adapter, pin=pin)
         loaded = await self._call(self._adapters.LoadAdapter, request)
         return decode(LoadedAdapter, loaded)
 

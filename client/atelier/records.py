@@ -25,6 +25,7 @@ class Checkpoint:
     damaged: bool = False
     tier: str = "unspecified"
     last_used_time: datetime | None = None
+    pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from atelier_server.jobs.dispatch import CannotStart, Dispatcher, WorkerStatus
 from atelier_server.jobs.generations import Generations
 from atelier_server.jobs.last_used import LastUsed
 from atelier_server.jobs.listing import Listing
+from atelier_server.jobs.pins import Pins
 from atelier_server.jobs.retention import Retention
 from atelier_server.jobs.training_admission import Admission
 from atelier_server.jobs.training_log import TrainingLog
@@ -92,6 +93,9 @@ class Application:
         )
         self._retention = Retention(self.trainings, seconds=settings.training_retention)
         self._calls = Calls(send)
+        self._pins = Pins(
+            self._calls, self.metrics, slots=settings.slots, kept_free=limits.max_adapters_per_image
+        )
         self._wardrobe = self._build_wardrobe()
         self._dispatcher = self._build_dispatcher()
         self._health = Health()
@@ -109,8 +113,9 @@ class Application:
             self._store,
             self._last_used,
             self.status.resident,
-            self._settings.retention_days * 86400,
-            self.status.in_host_memory,
+            retention=self._settings.retention_days * 86400,
+            in_host_memory=self.status.in_host_memory,
+            pinned=self._pins.pinned,
         )
         return Wardrobe(
             self._store,
@@ -121,6 +126,7 @@ class Application:
             metrics=self.metrics,
             listing=listing,
             last_used=self._last_used,
+            pins=self._pins,
         )
 
     def _build_dispatcher(self) -> Dispatcher:
@@ -130,6 +136,7 @@ class Application:
             generations=self.generations,
             runs=self._runs,
             calls=self._calls,
+            pins=self._pins,
             metrics=self.metrics,
             tracer=self._tracer,
             watchdog=Watchdog(self._settings.stall_seconds),

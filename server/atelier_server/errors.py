@@ -21,6 +21,7 @@ AtelierError                       INTERNAL             INTERNAL
 |   +-- QueueFull                  RESOURCE_EXHAUSTED   QUEUE_FULL
 |   +-- TooManyCalls               RESOURCE_EXHAUSTED   TOO_MANY_CALLS
 |   +-- TooManyUploads             RESOURCE_EXHAUSTED   TOO_MANY_UPLOADS
+|   +-- TooManyPins                RESOURCE_EXHAUSTED   TOO_MANY_PINS
 |   +-- SlowConsumer               RESOURCE_EXHAUSTED   SLOW_CONSUMER
 |   +-- OutOfMemory                RESOURCE_EXHAUSTED   OUT_OF_MEMORY
 |   +-- StorageFull                RESOURCE_EXHAUSTED   STORAGE_FULL
@@ -195,6 +196,10 @@ class TooManyCalls(ResourceExhausted):
 class TooManyUploads(ResourceExhausted):
     reason = "TOO_MANY_UPLOADS"
     retry_after_seconds = 5.0
+
+
+class TooManyPins(ResourceExhausted):
+    reason = "TOO_MANY_PINS"
 
 
 class SlowConsumer(ResourceExhausted):

@@ -117,6 +117,7 @@ TABLE = (
         "Checkpoints by the tier that holds them.",
         {"tier": ("device", "host", "disk")},
     ),
+    Metric("adapters_pinned", Gauge, "Adapters that keep their slots until they are unloaded."),
     Metric("adapter_lookups_total", Counter, "Slot look-ups.", {"result": ("hit", "miss")}),
     Metric("adapter_evictions_total", Counter, "Adapters that made room for others."),
     # -- trainings

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 
 import pytest
 
@@ -131,6 +133,29 @@ async def test_lists(service: Service) -> None:
     assert await names(service, resident=False, name_prefix="b") == ["bolt"]
     assert await names(service, base="fake") == ["anna", "bolt", "otto"]
     assert await names(service, base="sdxl") == []
+
+
+async def test_a_pinned_adapter_is_shown_and_given_to_the_next_worker(start: Start) -> None:
+    service = await start(slots=5)
+    for name in ("otto", "bolt"):
+        await adopt(service, name, name.encode())
+    pin = pb.LoadAdapterRequest(adapter="otto", pin=True)
+    assert (await service.adapters.LoadAdapter(pin)).loaded
+    refusal = await refused(service.adapters.LoadAdapter(pb.LoadAdapterRequest(adapter="bolt", pin=True)))
+    assert (refusal.code, refusal.reason) == ("RESOURCE_EXHAUSTED", "TOO_MANY_PINS")
+    assert await pinned(service) == ["otto"]
+    os.kill(service.application.worker.pid, signal.SIGKILL)
+    await service.generate("a")  # waits for the next worker
+    assert not (await service.adapters.LoadAdapter(pb.LoadAdapterRequest(adapter="otto"))).loaded
+    assert await pinned(service) == ["otto"]
+    assert (await service.adapters.UnloadAdapter(pb.UnloadAdapterRequest(adapter="otto"))).unloaded == 1
+    assert await pinned(service) == []
+    assert await names(service, resident=True) == []
+
+
+async def pinned(service: Service) -> list[str]:
+    page = await service.adapters.ListAdapters(pb.ListAdaptersRequest())
+    return [adapter.name for adapter in page.adapters if any(c.pinned for c in adapter.checkpoints)]
 
 
 async def test_bad_lists(service: Service) -> None:

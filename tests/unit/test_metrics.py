@@ -34,6 +34,7 @@ CONTRACT = {
     "out_of_memory_total": (Counter, ("phase",)),
 }
 BESIDE = {
+    "adapters_pinned",
     "requests_in_progress",
     "phase_seconds",
     "queue_limit",

@@ -55,11 +55,15 @@ def show(
 
 @adapters.command()
 def load(
-    adapter: Reference, *, server: flags.Server = flags.DEFAULT_SERVER, json: flags.Json = False
+    adapter: Reference,
+    *,
+    pin: Annotated[bool, typer.Option("--pin", help="never evict it, until it is unloaded")] = False,
+    server: flags.Server = flags.DEFAULT_SERVER,
+    json: flags.Json = False,
 ) -> None:
     """Copy a checkpoint into a device slot before it is asked for."""
     with connect(server) as client:
-        loaded = client.load_adapter(adapter)
+        loaded = client.load_adapter(adapter, pin=pin)
     if json:
         output.print_json(output.record(loaded))
     else:
@@ -70,7 +74,7 @@ def load(
 def unload(
     adapter: Reference, *, server: flags.Server = flags.DEFAULT_SERVER, json: flags.Json = False
 ) -> None:
-    """Free an adapter's device slots."""
+    """Free an adapter's device slots, pinned or not."""
     with connect(server) as client:
         unloaded = client.unload_adapter(adapter)
     if json:

@@ -53,7 +53,8 @@ def state(adapter: Adapter) -> str:
         return "damaged"
     if adapter.expire_time is not None:
         return f"deleted, kept until {output.day(adapter.expire_time)}"
-    return _tier(adapter.tier)
+    pinned = any(checkpoint.pinned for checkpoint in adapter.checkpoints)
+    return _tier(adapter.tier, pinned=pinned)
 
 
 def show(adapter: Adapter) -> None:
@@ -74,7 +75,7 @@ def show(adapter: Adapter) -> None:
             ", ".join(checkpoint.tags),
             "-" if checkpoint.loss is None else f"{checkpoint.loss:.4f}",
             output.size(checkpoint.size_bytes),
-            "damaged" if checkpoint.damaged else _tier(checkpoint.tier),
+            "damaged" if checkpoint.damaged else _tier(checkpoint.tier, pinned=checkpoint.pinned),
             output.day(checkpoint.last_used_time),
             checkpoint.sha256[:12],
         )
@@ -97,8 +98,8 @@ def sheet(adapters: Sequence[Adapter]) -> Image.Image:
     )
 
 
-def _tier(tier: str) -> str:
-    return "-" if tier == "unspecified" else tier
+def _tier(tier: str, *, pinned: bool) -> str:
+    return ("-" if tier == "unspecified" else tier) + (" (pinned)" if pinned else "")
 
 
 def _short(value: object) -> str:

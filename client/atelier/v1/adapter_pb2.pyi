@@ -129,6 +129,7 @@ class Checkpoint(_message.Message):
     DAMAGED_FIELD_NUMBER: _builtins.int
     TIER_FIELD_NUMBER: _builtins.int
     LAST_USED_TIME_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """The training step it was published at; 0 for an import."""
     sha256: _builtins.str
@@ -141,6 +142,8 @@ class Checkpoint(_message.Message):
     damaged: _builtins.bool
     """Its file is missing or does not match its checksum: DATA_LOSS until the same content is imported again."""
     tier: Global___AdapterTier.ValueType
+    pinned: _builtins.bool
+    """It keeps its device slot until it is unloaded."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -164,10 +167,11 @@ class Checkpoint(_message.Message):
         damaged: _builtins.bool = ...,
         tier: Global___AdapterTier.ValueType = ...,
         last_used_time: _timestamp_pb2.Timestamp | None = ...,
+        pinned: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "create_time", b"create_time", "last_used_time", b"last_used_time", "loss", b"loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "create_time", b"create_time", "damaged", b"damaged", "last_used_time", b"last_used_time", "loss", b"loss", "resident", b"resident", "sha256", b"sha256", "size_bytes", b"size_bytes", "step", b"step", "tags", b"tags", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "create_time", b"create_time", "damaged", b"damaged", "last_used_time", b"last_used_time", "loss", b"loss", "pinned", b"pinned", "resident", b"resident", "sha256", b"sha256", "size_bytes", b"size_bytes", "step", b"step", "tags", b"tags", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
@@ -665,16 +669,22 @@ class LoadAdapterRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTER_FIELD_NUMBER: _builtins.int
+    PIN_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     """NAME[@STEP|@TAG]"""
+    pin: _builtins.bool
+    """Never evict it: it keeps its slot until UnloadAdapter or DeleteAdapter, over restarts of the worker, but
+    not of the server. false leaves a pin as it is.
+    """
     def __init__(
         self,
         *,
         adapter: _builtins.str = ...,
+        pin: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "pin", b"pin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -138,15 +138,17 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def LoadAdapter(self, request, context):
-        """Copies a checkpoint into a device slot before it is asked for. Idempotent.
-        NOT_FOUND: no such adapter. UNAVAILABLE: the worker is not ready.
+        """Copies a checkpoint into a device slot before it is asked for, on request for good. Idempotent.
+        NOT_FOUND: no such adapter. UNAVAILABLE: the worker is not ready. RESOURCE_EXHAUSTED TOO_MANY_PINS: as many
+        are pinned as can be, with the slots that one picture may need left over.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadAdapter(self, request, context):
-        """Frees the device slots of an adapter. Generations that use it keep it until they end. Idempotent.
+        """Frees the device slots of an adapter, pinned or not. Generations that use it keep it until they end.
+        Idempotent.
         NOT_FOUND: no such adapter. UNAVAILABLE: the worker is not ready.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

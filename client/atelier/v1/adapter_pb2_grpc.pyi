@@ -47,11 +47,13 @@ class AdapterServiceStub:
     NOT_FOUND: no such adapter, version or checkpoint.
     """
     LoadAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.LoadAdapterRequest, _adapter_pb2.LoadAdapterResponse]
-    """Copies a checkpoint into a device slot before it is asked for. Idempotent.
-    NOT_FOUND: no such adapter. UNAVAILABLE: the worker is not ready.
+    """Copies a checkpoint into a device slot before it is asked for, on request for good. Idempotent.
+    NOT_FOUND: no such adapter. UNAVAILABLE: the worker is not ready. RESOURCE_EXHAUSTED TOO_MANY_PINS: as many
+    are pinned as can be, with the slots that one picture may need left over.
     """
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.UnloadAdapterRequest, _adapter_pb2.UnloadAdapterResponse]
-    """Frees the device slots of an adapter. Generations that use it keep it until they end. Idempotent.
+    """Frees the device slots of an adapter, pinned or not. Generations that use it keep it until they end.
+    Idempotent.
     NOT_FOUND: no such adapter. UNAVAILABLE: the worker is not ready.
     """
     DeleteAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.DeleteAdapterRequest, _adapter_pb2.DeleteAdapterResponse]
@@ -136,11 +138,13 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     NOT_FOUND: no such adapter, version or checkpoint.
     """
     LoadAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.LoadAdapterRequest, _adapter_pb2.LoadAdapterResponse]  # type: ignore[assignment]
-    """Copies a checkpoint into a device slot before it is asked for. Idempotent.
-    NOT_FOUND: no such adapter. UNAVAILABLE: the worker is not ready.
+    """Copies a checkpoint into a device slot before it is asked for, on request for good. Idempotent.
+    NOT_FOUND: no such adapter. UNAVAILABLE: the worker is not ready. RESOURCE_EXHAUSTED TOO_MANY_PINS: as many
+    are pinned as can be, with the slots that one picture may need left over.
     """
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.UnloadAdapterRequest, _adapter_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
-    """Frees the device slots of an adapter. Generations that use it keep it until they end. Idempotent.
+    """Frees the device slots of an adapter, pinned or not. Generations that use it keep it until they end.
+    Idempotent.
     NOT_FOUND: no such adapter. UNAVAILABLE: the worker is not ready.
     """
     DeleteAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.DeleteAdapterRequest, _adapter_pb2.DeleteAdapterResponse]  # type: ignore[assignment]
@@ -240,8 +244,9 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.LoadAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.LoadAdapterResponse, _abc.Awaitable[_adapter_pb2.LoadAdapterResponse]]:
-        """Copies a checkpoint into a device slot before it is asked for. Idempotent.
-        NOT_FOUND: no such adapter. UNAVAILABLE: the worker is not ready.
+        """Copies a checkpoint into a device slot before it is asked for, on request for good. Idempotent.
+        NOT_FOUND: no such adapter. UNAVAILABLE: the worker is not ready. RESOURCE_EXHAUSTED TOO_MANY_PINS: as many
+        are pinned as can be, with the slots that one picture may need left over.
         """
 
     @_abc_1.abstractmethod
@@ -250,7 +255,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.UnloadAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.UnloadAdapterResponse, _abc.Awaitable[_adapter_pb2.UnloadAdapterResponse]]:
-        """Frees the device slots of an adapter. Generations that use it keep it until they end. Idempotent.
+        """Frees the device slots of an adapter, pinned or not. Generations that use it keep it until they end.
+        Idempotent.
         NOT_FOUND: no such adapter. UNAVAILABLE: the worker is not ready.
         """
 

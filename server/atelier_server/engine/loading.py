@@ -62,16 +62,20 @@ class Loading:
             self._send(Sample("adapter_evictions_total", float(evicted)))
         return slot
 
-    def ensure(self, use: AdapterUse) -> bool:
-        """Loads an adapter ahead of its first picture; whether it was in no slot before."""
+    def ensure(self, use: AdapterUse, *, pin: bool = False) -> bool:
+        """Loads an adapter ahead of its first picture; whether it was in no slot before. `pin`: it stays."""
         resident = self._residency.slot(use.checkpoint) is not None
         pinned = self._in_use()
         # With every slot in use one is taken all the same: its pictures get theirs back before they step.
         self.load(use, pinned if self._residency.has_room(pinned) else frozenset())
+        if pin:
+            self._residency.pin(use.checkpoint)
+            self._doomed.discard(use.checkpoint)
         return not resident
 
     def unload(self, checkpoints: tuple[CheckpointId, ...]) -> int:
         """Frees what nobody uses now, and marks the rest to be freed when its last picture is done."""
+        self._residency.unpin(checkpoints)
         resident = {c for c in checkpoints if self._residency.slot(c) is not None}
         self._doomed |= resident
         self.retire()

@@ -341,8 +341,8 @@ class Loop:
 
     def _answer(self, command: LoadAdapter | UnloadAdapter) -> Event:
         match command:
-            case LoadAdapter(call_id=call_id, use=use):
-                return AdapterLoaded(call_id, self._loading.ensure(use))
+            case LoadAdapter(call_id=call_id, use=use, pin=pin):
+                return AdapterLoaded(call_id, self._loading.ensure(use, pin=pin))
             case UnloadAdapter(call_id=call_id, checkpoints=checkpoints):
                 return AdaptersUnloaded(call_id, self._loading.unload(checkpoints))
 

@@ -11,6 +11,7 @@ from atelier_server.core import ROW_BUCKETS, BaseInfo, CheckpointId, Costs, Gene
 from atelier_server.errors import OutOfMemory, WorkerNotReady
 from atelier_server.jobs.calls import Calls
 from atelier_server.jobs.generations import Generations
+from atelier_server.jobs.pins import Pins
 from atelier_server.jobs.training_runs import TrainingRuns
 from atelier_server.jobs.watchdog import Watchdog
 from atelier_server.messages import (
@@ -114,6 +115,7 @@ class Dispatcher:
         generations: Generations,
         runs: TrainingRuns,
         calls: Calls,
+        pins: Pins,
         metrics: Metrics,
         tracer: Tracer,
         watchdog: Watchdog,
@@ -124,6 +126,7 @@ class Dispatcher:
         self._generations = generations
         self._runs = runs
         self._calls = calls
+        self._pins = pins
         self._metrics = metrics
         self._tracer = tracer
         self._watchdog = watchdog
@@ -184,6 +187,7 @@ class Dispatcher:
         self._watching = asyncio.create_task(self._watch(), name="watchdog")
         self._metrics.worker_ready()
         self._calls.worker_ready()
+        self._pins.worker_ready()
         self._generations.worker_ready()
         self._runs.worker_ready()
         await self._changed()

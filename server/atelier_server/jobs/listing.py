@@ -54,6 +54,7 @@ class Listed:
     version: AdapterVersion
     tiers: Mapping[CheckpointId, Tier]
     last_used: Mapping[CheckpointId, float]
+    pinned: frozenset[CheckpointId] = frozenset()
     expire_time: float | None = None
     thumbnail: bytes = b""
 
@@ -64,7 +65,7 @@ Position = tuple[Key, str, int]
 
 class Listing:
     """Reads the store for people. `resident` tells what lies in slots now, `in_host_memory` which contents do
-    not have to be read again.
+    not have to be read again, `pinned` what keeps its slot.
 
     What has been deleted is kept for `retention` seconds.
     """
@@ -74,14 +75,17 @@ class Listing:
         store: AdapterStore,
         last_used: LastUsed,
         resident: Callable[[], frozenset[CheckpointId]],
+        *,
         retention: float,
         in_host_memory: Callable[[], frozenset[str]] = frozenset,
+        pinned: Callable[[], frozenset[CheckpointId]] = frozenset,
     ) -> None:
         self._store = store
         self._last_used = last_used
         self.resident = resident
         self.retention = retention
         self._in_host_memory = in_host_memory
+        self._pinned = pinned
 
     def page(
         self, query: Query, after: Position | None, size: int, *, thumbnails: bool = False
@@ -96,13 +100,14 @@ class Listing:
         return self.describe([version for _, version in shown], thumbnails=thumbnails), more
 
     def describe(self, versions: Sequence[AdapterVersion], *, thumbnails: bool = True) -> list[Listed]:
-        resident = self.resident()
+        resident, pinned = self.resident(), self._pinned()
         pictures = self._store.labels.thumbnails([v.thumbnail for v in versions]) if thumbnails else {}
         return [
             Listed(
                 version=version,
                 tiers={r.id: self._tier(r, resident) for r in version.checkpoints},
                 last_used={r.id: used for r in version.checkpoints if (used := self._last_used.of(r.id))},
+                pinned=pinned,
                 expire_time=None if version.delete_time is None else version.delete_time + self.retention,
                 thumbnail=pictures.get(version.thumbnail, b""),
             )

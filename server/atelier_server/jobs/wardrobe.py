@@ -25,17 +25,16 @@ from atelier_server.jobs.checkpoints import count_checkpoints
 from atelier_server.jobs.generations import Generations
 from atelier_server.jobs.last_used import LastUsed
 from atelier_server.jobs.listing import Listed, Listing
+from atelier_server.jobs.pins import Pins
 from atelier_server.jobs.quotas import check_stored, stored_bytes
 from atelier_server.jobs.trainings import Trainings
 from atelier_server.jobs.uploads import Uploads
 from atelier_server.messages import (
     AdapterExported,
     AdapterImported,
-    AdapterLoaded,
     AdaptersUnloaded,
     ExportAdapter,
     ImportAdapter,
-    LoadAdapter,
     UnloadAdapter,
 )
 from atelier_server.metrics import Metrics
@@ -62,9 +61,11 @@ class Wardrobe:
         metrics: Metrics,
         listing: Listing,
         last_used: LastUsed,
+        pins: Pins,
     ) -> None:
         self._store = store
         self._last_used = last_used
+        self._pins = pins
         self._calls = calls
         self._generations = generations
         self._trainings = trainings
@@ -149,10 +150,13 @@ class Wardrobe:
         return AdapterReport.of(json.loads(await asyncio.to_thread(path.read_text, encoding="utf-8")))
 
     # -------------------------------------------------------------------------------------------- slots
-    async def load(self, ref: AdapterRef) -> tuple[CheckpointId, bool]:
-        """Puts a checkpoint into a slot; False if it was there already."""
+    async def load(self, ref: AdapterRef, *, pin: bool) -> tuple[CheckpointId, bool]:
+        """Puts a checkpoint into a slot; False if it was there already. `pin`: it stays until it is unloaded.
+
+        Raises AdapterNotFound, TooManyPins.
+        """
         (use,) = await self.resolve((ref,))
-        answer = await self._calls.call(lambda call: LoadAdapter(call, use), AdapterLoaded)
+        answer = await self._pins.load(use, pin=pin)
         return use.checkpoint, answer.loaded
 
     async def unload(self, ref: AdapterRef) -> int:
@@ -163,6 +167,7 @@ class Wardrobe:
             checkpoints = await asyncio.to_thread(self._checkpoints, ref.name, None)
             if not checkpoints:
                 raise AdapterNotFound(f"there is no adapter {ref.name!r}", name=ref.name)
+        self._pins.release(checkpoints)
         answer = await self._calls.call(lambda call: UnloadAdapter(call, checkpoints), AdaptersUnloaded)
         return answer.unloaded
 
@@ -183,6 +188,7 @@ class Wardrobe:
 
         # In turn with trainings: none may begin to write what is being deleted.
         checkpoints = await self._trainings.in_turn(delete)
+        self._pins.release(checkpoints)
         await self._count()
         if checkpoints and self._calls.ready:
             # A later adapter may get the same name, version and step: no slot may still hold the old one.

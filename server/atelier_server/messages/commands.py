@@ -59,10 +59,11 @@ class Pause:
 
 @dataclass(frozen=True, slots=True)
 class LoadAdapter:
-    """Answered by `AdapterLoaded` with the same `call_id`."""
+    """Answered by `AdapterLoaded` with the same `call_id`. `pin`: it keeps its slot until it is unloaded."""
 
     call_id: str
     use: AdapterUse
+    pin: bool = False
 
 
 @dataclass(frozen=True, slots=True)

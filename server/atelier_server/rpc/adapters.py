@@ -71,7 +71,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         return pb.GetAdapterResponse(adapter=adapter)
 
     async def LoadAdapter(self, request: pb.LoadAdapterRequest, context: Context) -> pb.LoadAdapterResponse:
-        checkpoint, loaded = await self._wardrobe.load(decode_reference(request.adapter))
+        checkpoint, loaded = await self._wardrobe.load(decode_reference(request.adapter), pin=request.pin)
         return pb.LoadAdapterResponse(adapter=str(checkpoint), loaded=loaded)
 
     async def UnloadAdapter(

@@ -436,6 +436,20 @@ def test_load_and_unload() -> None:
     assert desk.runner.slots == {}
 
 
+def test_a_pinned_adapter_keeps_its_slot_until_it_is_unloaded() -> None:
+    desk = Desk(slots=4)
+    otto = use("otto")
+    desk.send(LoadAdapter("1", otto, pin=True))
+    desk.loop.turn()
+    names = ["a", "b", "c", "d", "e", "f"]
+    desk.send(*(Submit(generation(name, adapters=(use(name),))) for name in names))
+    desk.until(len(names))
+    assert desk.loop.residency.slot(otto.checkpoint) is not None
+    desk.send(UnloadAdapter("2", (otto.checkpoint,)))
+    desk.loop.turn()
+    assert desk.loop.residency.slot(otto.checkpoint) is None
+
+
 def test_an_adapter_is_loaded_ahead_though_every_slot_is_in_use() -> None:
     desk = Desk(slots=4)
     names = ["a", "b", "c", "d"]

@@ -63,3 +63,18 @@ def test_every_batch_that_is_admitted_lies_in_slots_of_its_own(slots: int, batch
         assert len(taken) == len(pinned)
         assert all(1 <= slot <= slots for slot in taken)
         assert len(residency.resident) <= slots
+
+
+def test_who_is_pinned_for_good_outlives_every_batch() -> None:
+    residency = Residency(3)
+    residency.acquire(checkpoint(1), frozenset())
+    residency.pin(checkpoint(1))
+    for number in range(2, 9):
+        residency.acquire(checkpoint(number), frozenset({checkpoint(number)}))
+    assert residency.slot(checkpoint(1)) is not None
+    assert residency.can_admit({checkpoint(1), checkpoint(2), checkpoint(3)})
+    assert not residency.can_admit({checkpoint(2), checkpoint(3), checkpoint(4)})
+    residency.unpin([checkpoint(1)])
+    assert residency.can_admit({checkpoint(2), checkpoint(3), checkpoint(4)})
+    residency.acquire(checkpoint(9), frozenset({checkpoint(7), checkpoint(8)}))
+    assert residency.slot(checkpoint(1)) is None

@@ -157,6 +157,7 @@ def _checkpoints(listed: Listed) -> list[pb.Checkpoint]:
             tags=record.tags,
             damaged=record.damaged,
             tier=_TIERS[listed.tiers[record.id]],
+            pinned=record.id in listed.pinned,
             last_used_time=timestamp(used) if (used := listed.last_used.get(record.id)) else None,
         )
         for record in listed.version.checkpoints
