@@ -186,7 +186,7 @@ class AsyncClient(AsyncAdapterCalls, AsyncCraftCalls):
         return decode(Training, (await self._call(self._trainings.ResumeTraining, request)).training)
 
     async def delete_training(self, training: str) -> None:
-        """Deletes record, uploaded pictures and samples; the adapter stays."""
+        """Deletes record, pictures, samples and full weights; the adapter stays."""
         request = training_pb2.DeleteTrainingRequest(training=training)
         await self._call(self._trainings.DeleteTraining, request)
 

@@ -184,7 +184,7 @@ class Client(AdapterCalls, CraftCalls):
         return decode(Training, self._call(self._trainings.ResumeTraining, request).training)
 
     def delete_training(self, training: str) -> None:
-        """Deletes record, uploaded pictures and samples; the adapter stays."""
+        """Deletes record, pictures, samples and full weights; the adapter stays."""
         request = training_pb2.DeleteTrainingRequest(training=training)
         self._call(self._trainings.DeleteTraining, request)
 

@@ -128,6 +128,15 @@ def _save(event: TrainingEvent, samples: Path | None) -> dict[str, str]:
     return {"path": str(event.save(samples / f"step-{event.step:06d}-{event.index}.{suffix}"))}
 
 
+def _checkpoint(event: CheckpointPublished) -> str:
+    words = [f"checkpoint {event.adapter}", f"loss {event.loss:.4f}"]
+    if event.validation_loss is not None:
+        words.append(f"validation loss {event.validation_loss:.4f}")
+    if event.kept_share is not None:
+        words.append(f"keeps {event.kept_share:.1%} of the change")
+    return "  ".join([*words, output.size(event.size_bytes)])
+
+
 def _tell(event: TrainingEvent, steps: output.Steps, saved: dict[str, str]) -> None:
     match event:
         case TrainingAccepted():
@@ -139,7 +148,7 @@ def _tell(event: TrainingEvent, steps: output.Steps, saved: dict[str, str]) -> N
             left = output.duration(event.seconds_left)
             steps.update(event.step, event.max_train_steps, f"loss {event.loss:.4f}  {left} left")
         case CheckpointPublished():
-            output.out(f"checkpoint {event.adapter}  loss {event.loss:.4f}  {output.size(event.size_bytes)}")
+            output.out(_checkpoint(event))
         case Sample() if saved:
             output.out(f"sample {saved['path']}  {event.prompt}")
         case TrainingWarning():

@@ -152,7 +152,8 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteTraining(self, request, context):
-        """Deletes a training's record, its uploaded pictures and its samples; its adapter stays.
+        """Deletes a training's record, its pictures (uploaded, and painted of the class), its samples and the full
+        weights of a "dreambooth"; its adapter stays. Once it is answered, they are gone from the disk.
         NOT_FOUND: no such training. FAILED_PRECONDITION: it has not ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

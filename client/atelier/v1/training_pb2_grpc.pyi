@@ -74,7 +74,8 @@ class TrainingServiceStub:
     have been deleted.
     """
     DeleteTraining: _grpc.UnaryUnaryMultiCallable[_training_pb2.DeleteTrainingRequest, _training_pb2.DeleteTrainingResponse]
-    """Deletes a training's record, its uploaded pictures and its samples; its adapter stays.
+    """Deletes a training's record, its pictures (uploaded, and painted of the class), its samples and the full
+    weights of a "dreambooth"; its adapter stays. Once it is answered, they are gone from the disk.
     NOT_FOUND: no such training. FAILED_PRECONDITION: it has not ended.
     """
 
@@ -124,7 +125,8 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     have been deleted.
     """
     DeleteTraining: _aio.UnaryUnaryMultiCallable[_training_pb2.DeleteTrainingRequest, _training_pb2.DeleteTrainingResponse]  # type: ignore[assignment]
-    """Deletes a training's record, its uploaded pictures and its samples; its adapter stays.
+    """Deletes a training's record, its pictures (uploaded, and painted of the class), its samples and the full
+    weights of a "dreambooth"; its adapter stays. Once it is answered, they are gone from the disk.
     NOT_FOUND: no such training. FAILED_PRECONDITION: it has not ended.
     """
 
@@ -219,7 +221,8 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_pb2.DeleteTrainingRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_training_pb2.DeleteTrainingResponse, _abc.Awaitable[_training_pb2.DeleteTrainingResponse]]:
-        """Deletes a training's record, its uploaded pictures and its samples; its adapter stays.
+        """Deletes a training's record, its pictures (uploaded, and painted of the class), its samples and the full
+        weights of a "dreambooth"; its adapter stays. Once it is answered, they are gone from the disk.
         NOT_FOUND: no such training. FAILED_PRECONDITION: it has not ended.
         """
 

@@ -7,6 +7,7 @@ blocks nobody.
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 from collections.abc import AsyncGenerator
 from contextlib import suppress
@@ -21,7 +22,10 @@ from atelier_server.jobs.records import Completed, LoggedEvent, Payload, Sampled
 _PAGE = 100
 # What users sent, and what was painted of the class to go with it.
 PICTURE_FOLDERS = ("images", "class")
-_SAMPLES = "samples"
+_SAMPLES, _BASES = "samples", "bases"
+_PARTS = (*PICTURE_FOLDERS, _SAMPLES, _BASES)
+# A training's name within its tenant; none of its parts is called so.
+_TRAINING = re.compile(r".+-[a-z0-9]{4}")
 
 
 class TrainingLog:
@@ -41,11 +45,10 @@ class TrainingLog:
         found: list[str] = []
         for entry in _folders_in(self._folder):
             inside = _folders_in(entry)
-            # No id is one of these words: each ends in a dash and four letters.
-            if any(part.name in (*PICTURE_FOLDERS, _SAMPLES) for part in inside):
+            if any(part.name in _PARTS for part in inside):
                 found.append(entry.name)
             else:
-                found += [f"{entry.name}/{part.name}" for part in inside]
+                found += [f"{entry.name}/{part.name}" for part in inside if _TRAINING.fullmatch(part.name)]
         return found
 
     def remove(self, training: str) -> None:
@@ -55,7 +58,7 @@ class TrainingLog:
 
     def bases_folder(self, training: str) -> Path:
         """Where the worker keeps full weights, a folder a step."""
-        return self.folder(training).resolve() / "bases"
+        return self.folder(training).resolve() / _BASES
 
     def bases(self, training: str) -> list[Path]:
         """Those that are there, by step."""

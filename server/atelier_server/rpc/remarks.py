@@ -26,9 +26,14 @@ class Received:
     twin: str | None = None
 
 
-def check_captions(recipe: Recipe, pictures: Sequence[Received]) -> None:
-    """Raises InvalidRequest for captions with which the recipe cannot be followed."""
+def check_pictures(recipe: Recipe, pictures: Sequence[Received]) -> None:
+    """Raises InvalidRequest for pictures and captions with which the recipe cannot be followed."""
     checks = Checks()
+    if recipe.validation_split > 0 and sum(picture.twin is None for picture in pictures) == 1:
+        checks.refuse(
+            "recipe.validation_split",
+            f"{recipe.validation_split:g} of a single picture: there is none to hold out and one to learn",
+        )
     captions = [picture.caption or recipe.instance_prompt for picture in pictures]
     for i, token in enumerate(recipe.placeholder_tokens):
         if not any(token in caption for caption in captions):

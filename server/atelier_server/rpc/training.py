@@ -23,7 +23,7 @@ from atelier_server.rpc.codec.training import decode_start, decode_training, enc
 from atelier_server.rpc.interceptors import Context, on_end
 from atelier_server.rpc.pictures import PictureCheck
 from atelier_server.rpc.receive import PictureReader
-from atelier_server.rpc.remarks import check_captions, remarks
+from atelier_server.rpc.remarks import check_pictures, remarks
 
 _log = logging.getLogger(__name__)
 # A message may have 4 MiB in all; a sample beyond that is told without its picture.
@@ -121,7 +121,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
             if known is not None:
                 self._trainings.same_pictures(known, upload)
                 return known
-            check_captions(draft.recipe, reader.received)
+            check_pictures(draft.recipe, reader.received)
             draft = replace(draft, warnings=remarks(draft.recipe, reader.received))
             base = self._status.known_base()
             return await self._trainings.accept(draft, upload, base, caller.tenant())

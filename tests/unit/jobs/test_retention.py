@@ -96,6 +96,18 @@ async def test_what_is_not_in_the_book_is_removed_at_the_start(tmp_path: Path) -
         assert not list(trainings.rglob("otto-zzzz"))
 
 
+async def test_what_a_training_has_left_is_nobodys_orphan(tmp_path: Path) -> None:
+    """Its pictures have gone and it painted no samples: only the full weights are there."""
+    fill(tmp_path, ("otto-aaaa", State.SUCCEEDED, 0.0), ("red/otto-bbbb", State.SUCCEEDED, 0.0))
+    for training in ("otto-aaaa", "red/otto-bbbb"):
+        (tmp_path / "trainings" / training / "samples").rename(tmp_path / "trainings" / training / "bases")
+    async with kept(tmp_path, 0.0, DAY) as (retention, trainings):
+        await retention.sweep()
+        await retention.remove_orphans()
+        for training in ("otto-aaaa", "red/otto-bbbb"):
+            assert [part.name for part in (trainings / training).iterdir()] == ["bases"]
+
+
 @pytest.mark.parametrize("what", ["images", "class"])
 async def test_a_removal_that_was_cut_short_goes_on(tmp_path: Path, what: str) -> None:
     fill(tmp_path, ("otto-aaaa", State.SUCCEEDED, 0.0))

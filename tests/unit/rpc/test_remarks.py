@@ -8,7 +8,7 @@ import pytest
 
 from atelier_server.core import Recipe
 from atelier_server.errors import InvalidRequest
-from atelier_server.rpc.remarks import Received, check_captions, remarks
+from atelier_server.rpc.remarks import Received, check_pictures, remarks
 
 RECIPE = Recipe("a <otto> plush", 64)
 TOKENS = replace(RECIPE, method="pivotal", placeholder_tokens=("<otto>",))
@@ -58,15 +58,22 @@ def test_prodigy_is_warned_of_a_rate_far_from_one(rate: float, told: bool) -> No
 
 
 def test_a_token_in_no_caption_is_refused() -> None:
-    check_captions(TOKENS, [GOOD])
+    check_pictures(TOKENS, [GOOD])
     with pytest.raises(InvalidRequest) as caught:
-        check_captions(replace(TOKENS, placeholder_tokens=("<otto>", "<bolt>", "<zoe>")), [GOOD])
+        check_pictures(replace(TOKENS, placeholder_tokens=("<otto>", "<bolt>", "<zoe>")), [GOOD])
     assert [v.field for v in caught.value.violations] == [f"recipe.placeholder_tokens[{i}]" for i in (1, 2)]
 
 
 def test_output_preservation_needs_the_instance_prompt_in_every_caption() -> None:
     recipe = replace(RECIPE, output_preservation_weight=1.0, class_prompt="a plush")
-    check_captions(recipe, [GOOD, replace(GOOD, caption="a <otto> plush at sea")])
+    check_pictures(recipe, [GOOD, replace(GOOD, caption="a <otto> plush at sea")])
     with pytest.raises(InvalidRequest) as caught:
-        check_captions(recipe, [GOOD, replace(GOOD, caption="otto")])
+        check_pictures(recipe, [GOOD, replace(GOOD, caption="otto")])
     assert [v.field for v in caught.value.violations] == ["images[1].caption"]
+
+
+def test_of_a_single_picture_nothing_can_be_held_out() -> None:
+    split = replace(RECIPE, validation_split=0.5)
+    check_pictures(split, [GOOD, replace(GOOD, caption="x")])
+    with pytest.raises(InvalidRequest, match="single picture"):
+        check_pictures(split, [GOOD, replace(GOOD, twin="good.png")])
