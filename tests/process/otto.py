@@ -1,0 +1,163 @@
+"""Otto, learned by every method on a real server with the embedded model, and looked at.
+
+    python -m tests.process.otto methods SHEET.webp        # a row a method, and how much like Otto it is
+    python -m tests.process.otto overfitting SHEET.webp    # the report's recipe: checkpoints by prompts
+
+Likeness is `atelier.cli.similarity` against examples/otto-held-out: colours, no shapes.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from PIL import Image
+
+from atelier import Client
+from atelier.cli.similarity import similarity
+from atelier.events import CheckpointPublished
+from atelier.fields import GenerateFields
+from atelier.sheet import Layout, contact_sheet
+from atelier.transfer import read_folder
+from tests.process.server import Server
+
+EXAMPLES = Path("examples/otto")
+PLAIN, SUBJECT = "a blue plush octopus", "a sks blue plush octopus"
+SCENES = ("{} on a beach", "{} in the snow", "{} in a room")
+SEEDS = (100, 101, 102, 103)
+PAINTING = GenerateFields(num_inference_steps=20, guidance_scale=3.0)
+_NEW_WORD: dict[str, Any] = {
+    "placeholder_tokens": ["sks"],
+    "initializer_token": "octopus",
+    "token_lr": 2e-2,
+}
+_COMMON: dict[str, Any] = {
+    "instance_prompt": SUBJECT,
+    "train_batch_size": 4,
+    "learning_rate": 1e-3,
+    "lr_scheduler": "cosine",
+    "max_train_steps": 240,
+    "checkpointing_steps": 240,
+}
+METHODS: Mapping[str, dict[str, Any]] = {
+    "lora": {},
+    "lora-text": {"train_text_encoder": True, "text_encoder_lr": 2e-4},
+    "dora": {"use_dora": True},
+    "textual-inversion": {**_NEW_WORD, "method": "textual_inversion"},
+    "pivotal": {**_NEW_WORD, "method": "pivotal"},
+    "dreambooth": {"method": "dreambooth", "learning_rate": 2e-4, "rank": 16},
+    "pivotal-dreambooth": {
+        **_NEW_WORD,
+        "method": "pivotal",
+        "pivotal_method": "dreambooth",
+        "learning_rate": 2e-4,
+        "rank": 16,
+    },
+}
+# The report's recipe, scaled to the embedded model: 15 pictures with one caption, batches of one, tokens for
+# the first half of 1,500 steps, LoRA for the second.
+ARTICLE: dict[str, Any] = {
+    **_NEW_WORD,
+    "method": "pivotal",
+    "instance_prompt": SUBJECT,
+    "train_batch_size": 1,
+    "learning_rate": 2e-3,
+    "token_lr": 1e-2,
+    "rank": 16,
+    "max_train_steps": 1500,
+    "checkpointing_steps": 250,
+}
+ARTICLE_PROMPTS = (
+    "a 17th century painting in a golden frame of {}",
+    "a sad {} in a room",
+    "{} on a beach",
+)
+
+
+def teach(client: Client, name: str, recipe: Mapping[str, Any], *, captions: bool = True) -> list[str]:
+    """The checkpoints that came of it."""
+    images = read_folder(EXAMPLES)
+    if not captions:
+        images = [replace(image, caption="") for image in images]
+    events = client.train(images=images, recipe={**_COMMON, **recipe, "name": name})
+    return [event.adapter for event in events if isinstance(event, CheckpointPublished)]
+
+
+def paint(client: Client, wanted: Sequence[tuple[str, str, int]]) -> list[bytes]:
+    """Of (prompt, adapter or "", seed), all at once."""
+
+    def one(prompt: str, adapter: str, seed: int) -> bytes:
+        adapters = [adapter] if adapter else []
+        return client.generate(prompt, adapters=adapters, seed=seed, **PAINTING).images[0].data
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(lambda each: one(*each), wanted))
+
+
+def looked_at(client: Client, adapter: str, subject: str) -> tuple[float, list[bytes]]:
+    """The mean likeness over SCENES and SEEDS, and the pictures."""
+    wanted = [(scene.format(subject), adapter, seed) for scene in SCENES for seed in SEEDS]
+    painted = paint(client, wanted)
+    return similarity(painted, references()), painted
+
+
+def references() -> list[bytes]:
+    return [path.read_bytes() for path in sorted(EXAMPLES.with_name("otto-held-out").glob("*.png"))]
+
+
+def methods_sheet(client: Client) -> Image.Image:
+    rows, labels = [], []
+    before, painted = looked_at(client, "", PLAIN)
+    rows.append(painted)
+    labels.append(f"the base model ({before:.2f})")
+    for name, recipe in METHODS.items():
+        [adapter] = teach(client, name, recipe)
+        after, painted = looked_at(client, adapter, SUBJECT)
+        print(f"{name}: {before:.3f} -> {after:.3f}", flush=True)
+        rows.append(painted)
+        labels.append(f"{name} ({after:.2f})")
+    heads = [scene.format("...") for scene in SCENES for _ in SEEDS]
+    return contact_sheet(rows, row_labels=labels, column_labels=heads, layout=_SMALL)
+
+
+def overfitting_sheet(client: Client) -> Image.Image:
+    checkpoints = teach(client, "otto", ARTICLE, captions=False)
+    columns = [("", PLAIN), *((adapter, SUBJECT) for adapter in checkpoints)]
+    rows, labels = [], []
+    for prompt in ARTICLE_PROMPTS:
+        for seed in SEEDS[:2]:
+            rows.append(paint(client, [(prompt.format(subject), a, seed) for a, subject in columns]))
+            labels.append(prompt.format("..."))
+    for place, (adapter, _) in enumerate(columns):
+        likeness = fmean(similarity([row[place]], references()) for row in rows[2:])
+        print(f"{adapter or 'base'}: {likeness:.3f}", flush=True)
+    heads = ["base model", *(adapter for adapter in checkpoints)]
+    return contact_sheet(rows, row_labels=labels, column_labels=heads, layout=_SMALL)
+
+
+_SMALL = Layout(cell=112, gap=4, margin=12, label_size=13)
+_SHEETS = {"methods": methods_sheet, "overfitting": overfitting_sheet}
+
+
+def main(kind: str, output: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(Path(folder) / "data").start()
+        try:
+            with Client(server.address) as client:
+                sheet = _SHEETS[kind](client)
+        finally:
+            server.stop()
+    stream = io.BytesIO()
+    sheet.save(stream, "WEBP", quality=82, method=6)
+    output.write_bytes(stream.getvalue())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
