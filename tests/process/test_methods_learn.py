@@ -1,4 +1,4 @@
-"""Every method teaches Otto to the embedded model: pictures of him become like pictures that were held out."""
+"""Every method teaches Otto to the embedded model: pictures of him become like those that were held out."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from atelier_server.adapters.canonical import CanonicalAdapter
 from atelier_server.core import Recipe
 
 Tree = dict[str, Any]
@@ -64,6 +65,28 @@ def recipe_sha256(recipe: Recipe) -> str:
         if field.name not in _NOT_LEARNED and getattr(recipe, field.name) != field.default
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def check_state(tree: Tree, recipe: Recipe, *, step: int, base_sha256: str, phase: str) -> None:
+    """Raises ValueError where it is another training's, or of another step."""
+    if (tree["step"], tree["batch_size"]) != (step, recipe.train_batch_size):
+        raise ValueError(f"the state is of step {tree['step']} and batches of {tree['batch_size']}")
+    for name, own in (
+        ("recipe_sha256", recipe_sha256(recipe)),
+        ("base_sha256", base_sha256),
+        ("phase", phase),
+    ):
+        if tree.get(name, own) != own:
+            raise ValueError(f"the {name} is {tree[name]!r}, here it is {own!r}")
+
+
+def weights_in(tree: Tree, adapter: CanonicalAdapter) -> Mapping[str, Tensor]:
+    """All that was learned. Version 0.1 had it only in the adapter."""
+    return tree.get("weights") or {
+        f"{name}.{part}": tensor
+        for name, module in adapter.low_rank.items()
+        for part, tensor in (("A", module.A), ("B", module.B))
+    }
 
 
 def _without_tensors(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:

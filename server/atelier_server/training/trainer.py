@@ -38,7 +38,13 @@ from atelier_server.diffusion.base import BaseModel
 from atelier_server.diffusion.denoiser import Denoiser
 from atelier_server.errors import AdapterMismatch, DataLoss, NonfiniteLoss, UnsupportedFormat
 from atelier_server.training.batch import Batch
-from atelier_server.training.checkpoint import read_state, recipe_sha256, write_state
+from atelier_server.training.checkpoint import (
+    check_state,
+    read_state,
+    recipe_sha256,
+    weights_in,
+    write_state,
+)
 from atelier_server.training.company import Gradients, MicroBatch, StepReport, loss_of, micro_step
 from atelier_server.training.dataset import Dataset
 from atelier_server.training.kept_bases import KeptBases
@@ -200,18 +206,27 @@ class Trainer:
 
         Raises StorageFull.
         """
+        if not self._finite:
+            return  # which `publish` tells
         if not self._recipe.use_ema:
             yield from self._publishing()
-            return
-        with self._learning.averaged():  # in one piece: nobody else may find the weights like this
-            for _ in self._publishing():
-                pass
-        yield
+        else:
+            with self._learning.averaged():  # in one piece: nobody else may find the weights like this
+                for _ in self._publishing():
+                    pass
+            yield
+        if self._method.full_modules and not self._ended:
+            state = self._state()
+            yield from self._bases.keep_state(self.step, lambda folder: write_state(state, folder))
 
     def _publishing(self) -> Iterator[None]:
         yield from self._method.extracting()
         if modules := self._method.full_modules:
             yield from self._bases.keep(self.step, lambda: self._base.pipeline_with(modules))
+
+    @property
+    def _ended(self) -> bool:
+        return self.step >= self._recipe.max_train_steps
 
     def publish(self) -> CheckpointRecord:
         """Publishes the weights of now, with all that is needed to go on from here to the same bits.
@@ -259,11 +274,15 @@ class Trainer:
         A step's own loss is that of the weights before it: after one that was too large, these may be finite
         and yet paint nothing.
         """
-        if not all(bool(p.isfinite().all()) for p in self._parameters().values()):
+        if not self._finite:
             return math.nan
         if self._last is None:
             return 0.0  # no step yet: the weights are the first ones, or those of a checkpoint
         return loss_of(self._micro_batch(self._last))
+
+    @property
+    def _finite(self) -> bool:
+        return all(bool(p.isfinite().all()) for p in self._parameters().values())
 
     def _parameters(self) -> dict[str, Tensor]:
         """All that the training has learned and learns."""
@@ -271,7 +290,9 @@ class Trainer:
 
     def _write(self, adapter: CanonicalAdapter, folder: Path) -> None:
         write_stored(adapter, folder / ADAPTER_FILE)
-        write_state(self._state(), folder)
+        kept = self._bases.path(self.step)
+        # A whole U-Net's lies with its kept base, and not at all where nothing is left to learn.
+        write_state({"kept": self.step} if kept and kept.exists() else self._state(), folder)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -295,33 +316,25 @@ class Trainer:
             adapter = decode_stored(self._store.file(checkpoint).read_bytes())
             self._bank.check(adapter)
             with self._store.checkout(checkpoint) as folder:
-                self._restore(read_state(folder), checkpoint.step, adapter)
+                tree = read_state(folder)
+            if "kept" in tree and checkpoint.step >= self._recipe.max_train_steps:
+                self._enter(self._method.phases[-1])
+            else:
+                self._restore(self._bases.state(tree), checkpoint.step, adapter)
         except (UnsupportedFormat, AdapterMismatch) as error:
             raise DataLoss(f"the weights of {checkpoint} cannot be read: {error}") from error
         except (OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
             raise DataLoss(f"the training cannot go on from {checkpoint}: {error!r}") from error
         self.published = self._find(checkpoint)
         self.step = checkpoint.step
+        self._bases.prune({self.step, self._recommended()})  # not one that was never published
 
     def _restore(self, tree: dict[str, Any], step: int, adapter: CanonicalAdapter) -> None:
-        """Of version 0.1 the weights are only in the adapter, and the bucket was the batch."""
-        if (tree["step"], tree["batch_size"]) != (step, self._recipe.train_batch_size):
-            raise ValueError(f"the state is of step {tree['step']} and batches of {tree['batch_size']}")
-        for name, own in (
-            ("recipe_sha256", recipe_sha256(self._recipe)),
-            ("base_sha256", self._base.sha256),
-        ):
-            if tree.get(name, own) != own:
-                raise ValueError(f"the {name} is {tree[name]}, here it is {own}")
+        """Of version 0.1 the bucket was the batch."""
         phase = next(p for p in reversed(self._method.phases) if p.begin <= step)
-        if tree.get("phase", phase.name) != phase.name:
-            raise ValueError(f"the phase is {tree['phase']!r} instead of {phase.name!r}")
+        check_state(tree, self._recipe, step=step, base_sha256=self._base.sha256, phase=phase.name)
         self._method.take_constants(tree.get("constants", {}))
-        weights = tree.get("weights") or {
-            f"{name}.{part}": tensor
-            for name, module in adapter.low_rank.items()
-            for part, tensor in (("A", module.A), ("B", module.B))
-        }
+        weights = weights_in(tree, adapter)
         with torch.no_grad():
             for name, parameter in self._parameters().items():
                 parameter.copy_(weights[name])

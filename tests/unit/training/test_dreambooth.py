@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from atelier_server.core import Recipe, TrainingJob
 from atelier_server.diffusion.base import BaseModel, load_base
 from atelier_server.diffusion.conditioning import Conditioning, Framing
 from atelier_server.diffusion.denoiser import Denoiser
-from atelier_server.errors import StorageFull
+from atelier_server.errors import DataLoss, NonfiniteLoss, StorageFull
 from atelier_server.training.trainer import Trainer
 from tests.bases import peer, save_base
 from tests.unit.training.conftest import pictures_in
@@ -202,3 +203,45 @@ def test_a_full_disk_is_told_and_leaves_nothing(
     monkeypatch.undo()
     publish(trainer)
     assert [path.name for path in (tmp_path / "bases").iterdir()] == ["1"]
+
+
+def test_the_state_is_kept_beside_the_base_until_the_last_step(
+    store: AdapterStore, open_trainer: Open, tmp_path: Path
+) -> None:
+    trainer = run(open_trainer(max_train_steps=3), 2)
+    publish(trainer)
+    published = store.version("otto", 1).checkpoints[-1]
+    weights = sum(p.nbytes for p in private_unet(trainer).parameters())
+    assert sum(file.size_bytes for file in published.files.values()) < weights
+    assert (tmp_path / "bases" / "2" / "training").is_dir()
+    run(trainer, 1)
+    publish(trainer)
+    assert not (tmp_path / "bases" / "3" / "training").exists()
+    ended = open_trainer(max_train_steps=3, resume_step=3)
+    assert ended.published is not None
+    assert ended.published.id.step == 3
+
+
+def test_a_training_whose_kept_state_is_gone_says_so(open_trainer: Open, tmp_path: Path) -> None:
+    publish(run(open_trainer(), 1))
+    shutil.rmtree(tmp_path / "bases")
+    with pytest.raises(DataLoss, match="cannot go on"):
+        open_trainer(resume_step=1)
+
+
+def test_weights_that_are_no_numbers_are_told_as_such(open_trainer: Open) -> None:
+    trainer = run(open_trainer(), 1)
+    with torch.no_grad():
+        next(private_unet(trainer).parameters()).fill_(float("nan"))
+    with pytest.raises(NonfiniteLoss):
+        publish(trainer)
+
+
+def test_averages_are_published_and_the_weights_go_on(open_trainer: Open) -> None:
+    trainer = run(open_trainer(use_ema=True, ema_decay=0.5), 3)
+    before = {name: p.clone() for name, p in trainer._parameters().items()}
+    publish(trainer)
+    assert all(torch.equal(before[name], p) for name, p in trainer._parameters().items())
+    resumed = run(open_trainer(use_ema=True, ema_decay=0.5, resume_step=3), 2)
+    run(trainer, 2)
+    assert all(torch.equal(resumed._parameters()[name], p) for name, p in trainer._parameters().items())
