@@ -168,7 +168,7 @@ class Loop:
             case Cancel(job_id=job_id):
                 self._cancel(job_id)
             case Pause(job_id=job_id):
-                if job_id in self.trainings.live:
+                if self.trainings.has(job_id):
                     self.trainings.pause(job_id)
             case TaskDecoded(task=task, picture=picture):
                 self._decoded(task, picture)
@@ -289,6 +289,8 @@ class Loop:
                 self._send(event)
 
     def _fail(self, job_id: str, error: Exception) -> None:
+        if job_id not in self.generations.live:
+            return  # another one's failure took it along
         failure = self._failures.of(job_id, error)
         self._drop_generation(job_id)
         if self.samples.owns(job_id):
@@ -309,7 +311,7 @@ class Loop:
 
     # ------------------------------------------------------------------------------------------ trainings
     def _submit_training(self, job: TrainingJob, origin: Origin) -> None:
-        if job.id in self.trainings.live:
+        if self.trainings.has(job.id) or self.samples.class_images.begin(job, origin):
             return
         try:
             run = self._runner.open_training(job)
@@ -321,7 +323,7 @@ class Loop:
 
     # ------------------------------------------------------------------------------------- cancel and drain
     def _cancel(self, job_id: str) -> None:
-        if job_id in self.trainings.live:
+        if self.trainings.has(job_id):
             self.trainings.cancel(job_id)
         elif job_id in self.generations.live:
             self._drop_generation(job_id)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from atelier_server.core import AdapterUse, GenerationJob, Mode, Priority, Recipe, TrainingJob
+from atelier_server.core import AdapterUse, GenerationJob, Mode, Priority, TrainingJob
+from atelier_server.engine.class_images import ClassImages
 from atelier_server.messages import Event, ImageReady, JobFailed, SampleReady, TrainingWarning
 from atelier_server.origin import Origin
 
@@ -43,10 +44,11 @@ class Samples:
         self._emit, self._paint, self._unpaint = emit, paint, unpaint
         self._defaults = defaults
         self._open: dict[str, _Sample] = {}  # by generation
+        self.class_images = ClassImages(emit=emit, paint=paint, unpaint=unpaint, picture=self._picture)
 
     def owns(self, generation_id: str) -> bool:
-        """Whether a generation is a sample of a training."""
-        return generation_id in self._open
+        """Whether a generation is a training's: a sample, or a class picture."""
+        return generation_id in self._open or self.class_images.owns(generation_id)
 
     def wanted_by(self, training_id: str) -> bool:
         """Whether a training waits for a sample."""
@@ -59,18 +61,21 @@ class Samples:
             if (step, index) not in job.sampled:
                 sample_id = f"{job.id}/sample-{step}-{index}"
                 self._open[sample_id] = _Sample(job, step, index)
-                self._paint(self._job(sample_id, prompt, use, job.recipe), origin)
+                recipe = job.recipe
+                picture = self._picture(sample_id, prompt, recipe.seed, recipe.validation_steps)
+                self._paint(replace(picture, adapters=(use,)), origin)
 
-    def _job(self, sample_id: str, prompt: str, use: AdapterUse, recipe: Recipe) -> GenerationJob:
+    def _picture(self, generation_id: str, prompt: str, seed: int, steps: int) -> GenerationJob:
+        """Of the base alone."""
         defaults = self._defaults
         return GenerationJob(
-            id=sample_id,
+            id=generation_id,
             prompt=prompt,
             negative_prompt="",
-            adapters=(use,),
-            seed=recipe.seed,
+            adapters=(),
+            seed=seed,
             num_images=1,
-            num_inference_steps=recipe.validation_steps,
+            num_inference_steps=steps,
             guidance_scale=defaults.guidance_scale,
             scheduler=defaults.scheduler,
             width=defaults.width,
@@ -81,6 +86,9 @@ class Samples:
         )
 
     def painted(self, picture: ImageReady) -> None:
+        if self.class_images.owns(picture.job_id):
+            self.class_images.painted(picture)
+            return
         sample = self._open[picture.job_id]
         prompt = sample.job.recipe.validation_prompts[sample.index]
         self._emit(
@@ -96,7 +104,9 @@ class Samples:
         )
 
     def ended(self, generation_id: str, failure: JobFailed | None = None) -> str:
-        """A sample is painted, or could not be (which is a warning, and no reason to stop); its training."""
+        """One is painted, or could not be; its training. A missing sample is a warning, no reason to stop."""
+        if self.class_images.owns(generation_id):
+            return self.class_images.ended(generation_id, failure)
         sample = self._open.pop(generation_id)
         if failure is not None:
             message = f"no sample of prompt {sample.index} at step {sample.step}: {failure.message}"

@@ -83,6 +83,10 @@ class Trainings:
         self._steps = steps
         self.live: dict[str, Training] = {}
 
+    def has(self, training_id: str) -> bool:
+        """Whether it is here, be it for its class pictures."""
+        return training_id in self.live or self._samples.class_images.wanted_by(training_id)
+
     def begin(self, job: TrainingJob, run: TrainingRun, origin: Origin) -> Training:
         training = self.live[job.id] = Training(job, run, run.prepare(), origin)
         return training
@@ -191,8 +195,9 @@ class Trainings:
         self._samples.begin(training.job, published.use, training.origin)
 
     def sampled(self, training_id: str) -> None:
-        """A sample of it is painted, or could not be."""
-        self._complete_if_sampled(self.live[training_id])
+        """A picture of it is painted, or could not be."""
+        if training := self.live.get(training_id):
+            self._complete_if_sampled(training)
 
     # ----------------------------------------------------------------------------------------------- end
     def _rest_if_finished(self, training: Training) -> None:
@@ -206,11 +211,19 @@ class Trainings:
 
     def cancel(self, training_id: str) -> None:
         """Keeps what was learned so far, and ends the training."""
-        self._or_stop(self.live[training_id], self._cancel)
+        if training := self.live.get(training_id):
+            self._or_stop(training, self._cancel)
+        else:
+            self._samples.class_images.forget(training_id)
+            self._emit(TrainingCompleted(training_id, State.CANCELLED, 0, 0.0))
 
     def pause(self, training_id: str) -> None:
         """Keeps what was learned so far, and frees the device of the training."""
-        self._or_stop(self.live[training_id], self._keep_and_pause)
+        if training := self.live.get(training_id):
+            self._or_stop(training, self._keep_and_pause)
+        else:
+            self._samples.class_images.forget(training_id)
+            self._emit(TrainingPaused(training_id, 0))
 
     def _cancel(self, training: Training) -> None:
         self._keep(training)
@@ -222,6 +235,7 @@ class Trainings:
 
     def drain(self) -> None:
         """All keep what they have; they go on after the next start of a worker."""
+        self._samples.class_images.drain()
         for training in list(self.live.values()):
             try:
                 self._keep(training)

@@ -24,6 +24,7 @@ from atelier_server.messages import (
     CallFailed,
     CallProgress,
     CheckpointPublished,
+    ClassImageReady,
     Event,
     GenerationCompleted,
     Heartbeat,
@@ -229,7 +230,7 @@ class Dispatcher:
             case JobFailed():
                 room = self._generations if self._generations.knows(event.job_id) else self._runs
                 room.handle(event)
-            case TrainingStarted() | TrainingProgress() | CheckpointPublished():
+            case TrainingStarted() | TrainingProgress() | CheckpointPublished() | ClassImageReady():
                 self._runs.handle(event)
             case SampleReady() | TrainingWarning() | TrainingPaused() | TrainingCompleted():
                 self._runs.handle(event)

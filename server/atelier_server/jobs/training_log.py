@@ -22,6 +22,7 @@ from atelier_server.jobs.records import Completed, LoggedEvent, Payload, Sampled
 _PAGE = 100
 # What users sent, and what was painted of the class to go with it.
 PICTURE_FOLDERS = ("images", "class")
+_CLASS = PICTURE_FOLDERS[1]
 _SAMPLES, _BASES = "samples", "bases"
 _PARTS = (*PICTURE_FOLDERS, _SAMPLES, _BASES)
 # A training's name within its tenant; none of its parts is called so.
@@ -116,6 +117,20 @@ class TrainingLog:
         name = f"{step:06d}-{index}.{mime_type.rpartition('/')[2]}"
         await asyncio.to_thread(_write, self.folder(training) / _SAMPLES / name, data)
         return name
+
+    async def keep_class_image(self, training: str, number: int, mime_type: str, data: bytes) -> None:
+        name = f"{number:06d}.{mime_type.rpartition('/')[2]}"
+        await asyncio.to_thread(_write, self.folder(training) / _CLASS / name, data)
+
+    async def class_images(self, training: str) -> tuple[tuple[int, str], ...]:
+        """The class pictures that are there, by number."""
+
+        def listed() -> tuple[tuple[int, str], ...]:
+            folder = self.folder(training).resolve() / _CLASS
+            files = sorted(folder.iterdir()) if folder.is_dir() else []
+            return tuple((int(file.stem), str(file)) for file in files if file.suffix != ".part")
+
+        return await asyncio.to_thread(listed)
 
     async def sample(self, training: str, payload: Sampled) -> bytes:
         """The bytes of a sample picture; empty if the file has gone."""

@@ -31,6 +31,7 @@ from atelier_server.jobs.training_run import SUSPECT_CRASHES, Run
 from atelier_server.messages import (
     Cancel,
     CheckpointPublished,
+    ClassImageReady,
     Command,
     JobFailed,
     Pause,
@@ -49,6 +50,7 @@ TrainingEvent = (
     TrainingStarted
     | TrainingProgress
     | CheckpointPublished
+    | ClassImageReady
     | SampleReady
     | TrainingWarning
     | TrainingPaused
@@ -195,6 +197,8 @@ class TrainingRuns:
             case CheckpointPublished():
                 await self._checkpoints.published(run, event)
                 await self._checkpoints.prune(run)
+            case ClassImageReady():
+                await self._log.keep_class_image(run.id, event.number, event.mime_type, event.data)
             case SampleReady():
                 await self._checkpoints.painted(run, event)
             case TrainingWarning():
@@ -312,6 +316,7 @@ class TrainingRuns:
             sampled=frozenset(
                 (e.payload.step, e.payload.index) for e in sampled if isinstance(e.payload, Sampled)
             ),
+            class_images=await self._log.class_images(run.id),
             bases=str(self._log.bases_folder(run.id)),
         )
         run.submitted = True

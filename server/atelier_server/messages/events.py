@@ -123,6 +123,18 @@ class CheckpointPublished:
 
 
 @dataclass(frozen=True, slots=True)
+class ClassImageReady:
+    """A class picture of a training with prior preservation. The last one is followed by `TrainingPaused`:
+    the training begins once it is submitted with all of them.
+    """
+
+    job_id: str
+    number: int
+    mime_type: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class SampleReady:
     job_id: str
     step: int
@@ -286,6 +298,7 @@ Event = (
     | TrainingStarted
     | TrainingProgress
     | CheckpointPublished
+    | ClassImageReady
     | SampleReady
     | TrainingWarning
     | TrainingPaused

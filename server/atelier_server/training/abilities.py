@@ -10,7 +10,7 @@ from atelier_server.training.precision import precisions_on
 # The methods of this trainer.
 METHODS = ("lora", "dreambooth", "textual_inversion", "pivotal")
 # Fields of a recipe that it does not heed yet.
-UNHEEDED = ("with_prior_preservation",)
+UNHEEDED: tuple[str, ...] = ()
 _END_OF_WORD = "</w>"
 
 
