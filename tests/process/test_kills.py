@@ -46,19 +46,33 @@ class Case:
 
 
 CASES = {
-    "lora": Case([{}], 3),
-    "every layer, accumulated": Case(
+    "lora": Case([{}], 2),
+    "every knob": Case(
         [
             {
                 "target_modules": ["attention", "feed_forward", "convolutions"],
                 "gradient_accumulation_steps": 3,
                 "lr_scheduler": "cosine",
+                "optimizer": "prodigy",
+                "learning_rate": 1.0,
+                "use_ema": True,
+                "ema_decay": 0.9,
+                "random_crop": True,
+                "random_flip": True,
+                "caption_dropout": 0.2,
+                "noise_offset": 0.05,
+                "snr_gamma": 5.0,
+                "validation_split": 0.25,
+                "cache_latents": False,
+                "aspect_ratio_buckets": True,
+                "keep_last": 1,
             }
         ],
         3,
     ),
     "text encoders": Case([{"train_text_encoder": True, "use_dora": True}], 2),
-    "textual inversion": Case([{"method": "textual_inversion", **WORDS}], 3),
+    "textual inversion": Case([{"method": "textual_inversion", **WORDS}], 2),
+    "dreambooth": Case([{"method": "dreambooth", "checkpointing_steps": 8, "learning_rate": 1e-5}], 2),
     "pivotal, words": Case([{"method": "pivotal", **WORDS}], 2, (2, STEPS // 2 - 2)),
     "pivotal, weights": Case([{"method": "pivotal", **WORDS}], 2, (STEPS // 2 + 2, STEPS - 2)),
     "two in one forward": Case(
