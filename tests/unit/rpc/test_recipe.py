@@ -164,6 +164,18 @@ CONTRADICTIONS: list[tuple[dict[str, object], str, str]] = [
     ({"train_text_encoder_ti_frac": 1.0}, "train_text_encoder_ti_frac", "below 1"),
     ({"validation_split": 1.0}, "validation_split", "below 1"),
     ({"priority": 9}, "priority", "9"),
+    (
+        {"init_lora_weights": "pissa", "target_modules": ["convolutions"]},
+        "init_lora_weights",
+        "linear layers",
+    ),
+    ({"init_lora_weights": "orthogonal", "rank": 3}, "init_lora_weights", "even rank, not 3"),
+    (
+        {"lr_scheduler": "polynomial", "lr_warmup_steps": 9, "max_train_steps": 9},
+        "lr_warmup_steps",
+        "some after them",
+    ),
+    ({"lr_scheduler": "polynomial", "learning_rate": 1e-8}, "learning_rate", "above 1e-07"),
 ]
 
 

@@ -14,6 +14,8 @@ from atelier_server.rpc.codec.checks import Checks, shown
 
 _DEFAULTS = Recipe("", 0)
 # What says how low-rank matrices are made; where none are, it says nothing.
+_ANY_LAYER = ("gaussian", "default")
+_POLYNOMIAL_END = 1e-7
 _LORA_ONLY = ("use_dora", "use_rslora", "init_lora_weights", "target_modules")
 
 
@@ -25,6 +27,8 @@ def check_contradictions(checks: Checks, recipe: Recipe, values: Mapping[str, An
     _check_tokens(checks, recipe)
     _check_vocabulary(checks, recipe, base.training.vocabulary)
     _check_rows(checks, recipe)
+    _check_weights(checks, recipe)
+    _check_schedule(checks, recipe)
 
 
 def _check_method(checks: Checks, recipe: Recipe, base: BaseInfo) -> None:
@@ -145,6 +149,35 @@ def _check_rows(checks: Checks, recipe: Recipe) -> None:
             "recipe.keep_every",
             f"{recipe.keep_every} is not a multiple of checkpointing_steps = {recipe.checkpointing_steps}",
         )
+
+
+def _check_weights(checks: Checks, recipe: Recipe) -> None:
+    """What PEFT's initialisations want."""
+    init = recipe.init_lora_weights
+    if init not in _ANY_LAYER and "convolutions" in recipe.target_modules:
+        checks.refuse(
+            "recipe.init_lora_weights",
+            f"{shown(init)} is for linear layers; leave convolutions out of target_modules, or use gaussian",
+        )
+    if init == "orthogonal" and recipe.rank % 2:
+        checks.refuse("recipe.init_lora_weights", f"'orthogonal' needs an even rank, not {recipe.rank}")
+
+
+def _check_schedule(checks: Checks, recipe: Recipe) -> None:
+    """diffusers' polynomial goes down to a rate of its own, over the steps after the warm-up."""
+    if recipe.lr_scheduler != "polynomial":
+        return
+    if recipe.lr_warmup_steps == recipe.max_train_steps:
+        checks.refuse(
+            "recipe.lr_warmup_steps",
+            f"{recipe.lr_warmup_steps} are all of max_train_steps; polynomial needs some after them",
+        )
+    for field in ("learning_rate", "text_encoder_lr", "token_lr"):
+        rate = getattr(recipe, field)
+        if 0 < rate <= _POLYNOMIAL_END:
+            checks.refuse(
+                f"recipe.{field}", f"{rate:g} is not above {_POLYNOMIAL_END:g}, where polynomial ends"
+            )
 
 
 def _without_lora(recipe: Recipe) -> bool:
