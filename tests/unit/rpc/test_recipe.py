@@ -85,7 +85,7 @@ VALID = [
     {"method": "pivotal", "placeholder_tokens": ["<a>"], "train_text_encoder_ti_frac": 0.3},
     {"method": "dreambooth", "class_prompt": "a plush", "with_prior_preservation": True, "use_ema": True},
     {
-        "target_modules": ["attention", "convolutions"],
+        "target_modules": ["attention", "feed_forward"],
         "use_dora": True,
         "init_lora_weights": "pissa_niter_16",
     },

@@ -13,9 +13,10 @@ from atelier_server.core.recipe import OPTIMIZERS, PRECISIONS
 from atelier_server.rpc.codec.checks import Checks, shown
 
 _DEFAULTS = Recipe("", 0)
-# What says how low-rank matrices are made; where none are, it says nothing.
+# Initialisations for convolutions as for linear layers.
 _ANY_LAYER = ("gaussian", "default")
-_POLYNOMIAL_END = 1e-7
+_POLYNOMIAL_END = 1e-7  # diffusers' lr_end
+# What says how low-rank matrices are made; where none are, it says nothing.
 _LORA_ONLY = ("use_dora", "use_rslora", "init_lora_weights", "target_modules")
 
 
