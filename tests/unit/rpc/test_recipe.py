@@ -150,6 +150,16 @@ CONTRADICTIONS: list[tuple[dict[str, object], str, str]] = [
         "train_text_encoder",
         "pivotal",
     ),
+    (
+        {
+            "method": "pivotal",
+            "placeholder_tokens": ["<o>"],
+            "pivotal_method": "dreambooth",
+            "train_text_encoder": True,
+        },
+        "train_text_encoder",
+        "pivotal_method lora",
+    ),
     ({"method": "pivotal", "placeholder_tokens": ["<o>"], "pivotal_method": "x"}, "pivotal_method", "lora"),
     ({"method": "dreambooth", "use_dora": True}, "use_dora", "LoRA"),
     ({"method": "dreambooth", "target_modules": ["feed_forward"]}, "target_modules", "LoRA"),

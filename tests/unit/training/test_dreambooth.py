@@ -245,3 +245,19 @@ def test_averages_are_published_and_the_weights_go_on(open_trainer: Open) -> Non
     resumed = run(open_trainer(use_ema=True, ema_decay=0.5, resume_step=3), 2)
     run(trainer, 2)
     assert all(torch.equal(resumed._parameters()[name], p) for name, p in trainer._parameters().items())
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"mixed_precision": "bf16", "gradient_checkpointing": True},
+        {"class_prompt": "a plush octopus", "output_preservation_weight": 1.0},
+        {"gradient_accumulation_steps": 2, "caption_dropout": 0.5, "train_text_encoder": True},
+    ],
+)
+def test_the_knobs_are_for_a_private_unet_too(open_trainer: Open, knobs: dict[str, Any]) -> None:
+    trainer = run(open_trainer(**knobs), 2)
+    assert 0 < publish(trainer) < 1
+    resumed = run(open_trainer(resume_step=2, **knobs), 1)
+    run(trainer, 1)
+    assert all(torch.equal(resumed._parameters()[name], p) for name, p in trainer._parameters().items())

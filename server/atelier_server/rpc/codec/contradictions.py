@@ -93,6 +93,11 @@ def _check_text(checks: Checks, recipe: Recipe, values: Mapping[str, Any]) -> No
             "recipe.train_text_encoder",
             "true, but textual_inversion learns vectors of tokens and nothing else; use pivotal or lora",
         )
+    if recipe.train_text_encoder and recipe.method == "pivotal" and recipe.pivotal_method == "dreambooth":
+        checks.refuse(
+            "recipe.train_text_encoder",
+            "true, but pivotal with dreambooth learns the U-Net and the new tokens; use pivotal_method lora",
+        )
     if values.get("cache_text_embeddings") and recipe.learns_text:
         why = f"method {shown(recipe.method)}" if recipe.learns_tokens else "train_text_encoder"
         checks.refuse(
