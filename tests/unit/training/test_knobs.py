@@ -32,6 +32,7 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
         "class_prompt": "an octopus",
         "output_preservation_weight": 0.5,
         "masked_loss": True,
+        "train_batch_size": 1,  # float16 is slow on a CPU
         "mixed_precision": "fp16",
         "random_crop": True,
     },

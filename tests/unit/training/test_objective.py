@@ -1,4 +1,4 @@
-"""Captions of the class, and the rows that output preservation adds. The losses: tests/golden/test_knobs_*."""
+"""Captions of the class, and the rows that output preservation adds. Their losses are in tests/golden."""
 
 from __future__ import annotations
 

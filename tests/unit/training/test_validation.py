@@ -1,4 +1,4 @@
-"""The rows of the validation loss: the same at every checkpoint, of one size each, evenly over the timesteps."""
+"""The rows of the validation loss: the same at every checkpoint, evenly over the timesteps."""
 
 from __future__ import annotations
 
