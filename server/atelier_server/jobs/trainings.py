@@ -297,11 +297,17 @@ def _reused(request_id: str) -> RequestIdReused:
 
 
 def estimated_seconds(recipe: Recipe, base: BaseInfo, row_seconds: float) -> float:
-    """A rough guess of a training's time on an otherwise idle device, samples not counted.
+    """A rough guess of a training's time on an otherwise idle device, pictures that are painted not counted.
 
     Forward and backward cost about three forwards, four with gradient checkpointing; a row's cost goes with
-    its pixels.
+    its pixels. Pictures of the class are rows too; output preservation adds the same again, and the base's
+    own forward.
     """
     forwards = 4 if recipe.gradient_checkpointing else 3
+    rows = recipe.train_batch_size * (2 if recipe.with_prior_preservation else 1)
+    a_step = rows * forwards
+    if recipe.output_preservation_weight > 0:
+        a_step += recipe.train_batch_size * (forwards + 1)
     pixels = recipe.resolution**2 / (base.native_width * base.native_height)
-    return recipe.max_train_steps * recipe.train_batch_size * forwards * row_seconds * pixels
+    steps = recipe.max_train_steps * recipe.gradient_accumulation_steps
+    return steps * a_step * row_seconds * pixels
