@@ -76,7 +76,7 @@ bench: .venv
 # Trains the embedded model, stage by stage, and stops at the first gate that is missed. FROM=FOLDER starts
 # from a model, MINUTES=N is each stage's time, BELOW_GATE=1 goes on below a gate. Resumes where it stopped.
 pocket: .venv
-	set -e; for stage in text vae unet evaluate; do \
+	set -e; for stage in text vae unet scorer evaluate; do \
 	  $(BIN)/python -m pocket $$stage --workers $$(nproc) $(if $(FROM),--from $(FROM)) \
 	    $(if $(MINUTES),--minutes $(MINUTES)) $(if $(BELOW_GATE),--below-gate); done
 

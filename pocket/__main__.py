@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 
+from pocket.classifier import load_classifier
 from pocket.examples import write_examples
 from pocket.finetune import METHODS, before_and_after
+from pocket.labels import classes_of
 from pocket.peers import joined, rank, wait
 from pocket.stages import STAGES, Plan
-from pocket.world import write_sheet
+from pocket.world import SMALL, write_sheet
 
 
 def main() -> None:
@@ -35,6 +37,7 @@ def _stage(arguments: argparse.Namespace) -> None:
     plan = Plan(
         work=arguments.work,
         base=arguments.base,
+        decoder_only=getattr(arguments, "decoder_only", False),
         minutes=arguments.minutes,
         max_steps=arguments.max_steps,
         pictures=arguments.pictures,
@@ -54,12 +57,15 @@ def _stage(arguments: argparse.Namespace) -> None:
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
+    judge: Path | None = arguments.classifier
     figures = before_and_after(
         arguments.model,
         arguments.method,
         examples=arguments.examples,
         output=arguments.output,
         steps=arguments.steps,
+        learning_rate=arguments.learning_rate,
+        classifier=load_classifier(judge, classes_of(SMALL)) if judge else None,
     )
     _tell(figures, arguments.json)
 
@@ -82,18 +88,26 @@ def _parser() -> argparse.ArgumentParser:
     sheet.add_argument("--output", type=Path, default=Path("world.png"))
     sheet.add_argument("--seed", type=int, default=0)
     for name, summary in (
-        ("text", "train tokenizer, text encoder and scorer"),
+        ("text", "train tokenizer and text encoder"),
         ("vae", "train the VAE"),
         ("unet", "train the U-Net, then put the model together"),
+        ("scorer", "train the scorer against the model's text encoder"),
         ("evaluate", "train the classifier and judge the model"),
     ):
-        _add_stage_options(commands.add_parser(name, help=summary))
+        stage = commands.add_parser(name, help=summary)
+        _add_stage_options(stage)
+        if name == "vae":
+            stage.add_argument("--decoder-only", action="store_true", help="leave the latents as they are")
     finetune = commands.add_parser("finetune", help="teach a model Otto and compare before and after")
     finetune.add_argument("method", choices=METHODS)
     finetune.add_argument("--model", type=Path, default=Path("server/atelier_server/pocket"))
     finetune.add_argument("--examples", type=Path, default=Path("examples"))
     finetune.add_argument("--output", type=Path, default=Path("build/pocket/finetune"))
     finetune.add_argument("--steps", type=int, default=400)
+    finetune.add_argument("--learning-rate", type=float, help="instead of the method's own")
+    finetune.add_argument(
+        "--classifier", type=Path, help="WORK/classifier: also say what is left of the styles"
+    )
     finetune.add_argument("--json", action="store_true", help="print the figures as JSON")
     return parser
 

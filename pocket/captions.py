@@ -32,11 +32,17 @@ class Attributes:
     accessory: tuple[str, str] | None = None
 
 
+def hidden(attributes: Attributes) -> frozenset[str]:
+    """What the picture's style hides: of "color", "expression" and "backdrop"."""
+    style = STYLES[attributes.style]
+    return style.hides | ({"color"} if attributes.color in style.merges else frozenset())
+
+
 def describe(attributes: Attributes, rng: np.random.Generator) -> str:
     """A caption of a picture. It never names what the picture's style hides."""
-    style = STYLES[attributes.style]
-    thing = _thing(attributes, style.hides, rng)
-    place = _place(attributes, style.hides, rng)
+    style, unseen = STYLES[attributes.style], hidden(attributes)
+    thing = _thing(attributes, unseen, rng)
+    place = _place(attributes, unseen, rng)
     phrase = f"{_article(thing)} {thing}"
     if place and rng.random() > 0.07:
         thing, phrase = f"{thing} {place}", f"{phrase} {place}"
@@ -46,16 +52,31 @@ def describe(attributes: Attributes, rng: np.random.Generator) -> str:
     return (phrase if form < 0.95 else thing) + style.suffix
 
 
-def _thing(attributes: Attributes, hidden: frozenset[str], rng: np.random.Generator) -> str:
+def plainly(attributes: Attributes) -> str:
+    """The caption that leaves nothing out, in the world's first words for everything."""
+    style, unseen = STYLES[attributes.style], hidden(attributes)
+    words = [
+        attributes.expression if "expression" not in unseen else None,
+        attributes.color if "color" not in unseen else None,
+        attributes.subject,
+    ]
+    thing = " ".join(word for word in words if word)
+    place = f" {SCENES[attributes.scene].phrases[0]}" if attributes.scene else ""
+    if attributes.backdrop and "backdrop" not in unseen:
+        place = f" on {_article(attributes.backdrop)} {attributes.backdrop} background"
+    return f"{style.prefixes[0]}{_article(thing)} {thing}{place}"
+
+
+def _thing(attributes: Attributes, unseen: frozenset[str], rng: np.random.Generator) -> str:
     words = []
-    if attributes.expression and "expression" not in hidden and rng.random() < 0.85:
+    if attributes.expression and "expression" not in unseen and rng.random() < 0.85:
         words.append(attributes.expression)
-    if attributes.color and "color" not in hidden and rng.random() < 0.95:
+    if attributes.color and "color" not in unseen and rng.random() < 0.95:
         words.append(attributes.color)
     if attributes.drawing in _DRAWINGS and rng.random() < 0.5:
         words.append(_one_of(_DRAWINGS[attributes.drawing], rng).strip())
     words.append(attributes.subject)
-    if attributes.accessory and not hidden and rng.random() < 0.9:
+    if attributes.accessory and not unseen & {"color", "expression"} and rng.random() < 0.9:
         words.append(_worn(*attributes.accessory))
     return " ".join(word for word in words if word)
 
@@ -65,10 +86,10 @@ def _worn(color: str, thing: str) -> str:
     return f"with {color} {thing}" if several else f"with {_article(color)} {color} {thing}"
 
 
-def _place(attributes: Attributes, hidden: frozenset[str], rng: np.random.Generator) -> str:
+def _place(attributes: Attributes, unseen: frozenset[str], rng: np.random.Generator) -> str:
     if attributes.scene is not None:
         return _one_of(SCENES[attributes.scene].phrases, rng)
-    if attributes.backdrop is None or "color" in hidden:
+    if attributes.backdrop is None or "backdrop" in unseen:
         return ""
     start = _one_of(("on", "in front of"), rng)
     return f"{start} {_article(attributes.backdrop)} {attributes.backdrop} background"

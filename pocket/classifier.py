@@ -5,16 +5,20 @@ It shares nothing with the scorer, so it cannot share its blind spots.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetModel
 
 from pocket.data import PictureSet, Pixels
 from pocket.labels import Classes, build_heads, question_loss, shares_right, shown_labels
 from pocket.training import Losses, autocast, device
-from pocket.vae import as_tensor
+from pocket.vae import as_tensor, moved
 
 GATE = 0.95
+_WEIGHTS = "classifier.safetensors"
 _WIDTHS = (32, 64, 128, 256)
 
 
@@ -41,6 +45,19 @@ class Classifier(nn.Module):
         return pooled.flatten(1)
 
 
+def save_classifier(classifier: Classifier, folder: Path) -> None:
+    """Writes `folder`/classifier.safetensors."""
+    weights = {name: value.contiguous() for name, value in classifier.state_dict().items()}
+    save_file(weights, folder / _WEIGHTS)
+
+
+def load_classifier(folder: Path, classes: Classes) -> Classifier:
+    """What save_classifier wrote."""
+    classifier = Classifier(classes)
+    classifier.load_state_dict(load_file(folder / _WEIGHTS))
+    return classifier.eval()
+
+
 class ClassifierTask:
     """True pictures, moved and mirrored a little, and what they show."""
 
@@ -55,11 +72,7 @@ class ClassifierTask:
 
     def losses(self, generator: torch.Generator) -> Losses:
         chosen = torch.randint(len(self._pixels), (self._batch_size,), generator=generator)
-        pixels = as_tensor(self._pixels[chosen.numpy()])
-        if torch.rand((), generator=generator) < 0.5:
-            pixels = pixels.flip(3)
-        down, right = (torch.randint(-4, 5, (2,), generator=generator)).tolist()
-        pixels = pixels.roll((down, right), (2, 3))
+        pixels = moved(as_tensor(self._pixels[chosen.numpy()]), generator)
         # Softness and grain, so that it does not hang on details that a generator lacks.
         grain = torch.rand((), generator=generator) * 0.05
         pixels = pixels + grain * torch.randn(pixels.shape, generator=generator)

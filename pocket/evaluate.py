@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPModel
 
 from pocket.classifier import Classifier, classifier_scores
 from pocket.data import PictureSet, Pixels
 from pocket.labels import shown_labels, told_labels
 from pocket.painting import GUIDANCE, SHEET_PROMPTS, STEPS, load_pipeline, paint, sheet
-from pocket.text import clip_score, token_ids
+from pocket.scorer import Scorer
 from pocket.vae import as_tensor, decibels, reconstructed
 
 _FIRST_SEED = 5000
@@ -54,7 +54,7 @@ def evaluate(
     trained_on: PictureSet,
     output: Path,
     *,
-    scorer: CLIPModel | None = None,
+    scorer: Scorer | None = None,
     count: int = 256,
     steps: int = STEPS,
     guidance: float = GUIDANCE,
@@ -70,16 +70,18 @@ def evaluate(
     labels = told_labels(asked_of, classifier.classes)
     found = classifier_scores(classifier, painted, labels)
     true = classifier_scores(classifier, held_out.pixels, shown_labels(held_out, classifier.classes))
-    pixels = as_tensor(held_out.pixels[:256])
+    unseen = as_tensor(held_out.pixels[:256])
     scores: list[float | None] = [None, None]
     if scorer is not None:
-        ids = token_ids(pipeline.tokenizer, prompts)
-        scores = [clip_score(scorer, as_tensor(shown), ids) for shown in (painted, asked_of.pixels)]
+        scores = [
+            float(scorer.text_similarity([Image.fromarray(shown) for shown in pixels], prompts).mean())
+            for pixels in (painted, asked_of.pixels)
+        ]
     result = Evaluation(
         classifier_on_true={question: share for question, (share, _) in true.items()},
         generated={question: share for question, (share, _) in found.items()},
         asked={question: number for question, (_, number) in found.items()},
-        vae_db=decibels(pixels, reconstructed(pipeline.vae, pixels)),
+        vae_db=decibels(unseen, reconstructed(pipeline.vae, unseen)),
         clip_score=scores[0],
         clip_score_true=scores[1],
         copies=copies(painted, held_out.pixels, trained_on.pixels),

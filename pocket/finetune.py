@@ -18,8 +18,10 @@ from peft import LoraConfig
 from PIL import Image
 from torch import Tensor, nn
 
+from pocket.classifier import Classifier
 from pocket.data import Pixels
 from pocket.painting import load_pipeline, paint, sheet
+from pocket.scorer import Scorer
 from pocket.similarity import held_out, similarity
 from pocket.text import token_ids
 from pocket.training import device
@@ -36,6 +38,16 @@ PROMPTS = (
     "a sad {} in a room",
     "a 17th century painting in a golden frame of a {}",
 )
+# What too many steps forget: the subject's own pictures have no style.
+STYLE_PROMPTS = {
+    "oil": "an oil painting of a {}",
+    "17th century": "a 17th century painting in a golden frame of a {}",
+    "watercolor": "a watercolor painting of a {}",
+    "sketch": "a pencil sketch of a {}",
+    "pixel art": "pixel art of a {}",
+    "neon": "a neon sign of a {}",
+}
+_STYLE_SEEDS = SEEDS[:4]
 _KNOWN, _RARE = "octopus", "sks"
 
 
@@ -103,21 +115,6 @@ def with_new_word(subject: Subject) -> Subject:
     return Subject(subject.pixels, tuple(words.replace(_RARE, f"<{_RARE}>") for words in subject.captions))
 
 
-def likeness(
-    pipeline: StableDiffusionPipeline,
-    prompts: Sequence[str],
-    references: Sequence[Image.Image],
-    seeds: Sequence[int] = SEEDS,
-) -> tuple[list[float], Pixels]:
-    """For each prompt the mean colour similarity to the references over the seeds; and all pictures."""
-    scores, shown = [], []
-    for prompt in prompts:
-        painted = paint(pipeline, [prompt] * len(seeds), seeds, steps=STEPS, guidance=GUIDANCE)
-        scores.append(float(np.mean([similarity(Image.fromarray(p), references) for p in painted])))
-        shown.append(painted)
-    return scores, np.concatenate(shown)
-
-
 @torch.no_grad()
 def _cached(pipeline: StableDiffusionPipeline, subject: Subject) -> tuple[Tensor, Tensor, Tensor]:
     posterior = pipeline.vae.encode(subject.pixels.to(device())).latent_dist
@@ -173,32 +170,96 @@ def _only_last_row(pipeline: StableDiffusionPipeline) -> None:
 _PREPARE = {"lora": _lora, "textual-inversion": _textual_inversion, "dreambooth": _dreambooth}
 
 
-def before_and_after(
-    model: Path, method: str, *, examples: Path, output: Path, steps: int
-) -> dict[str, object]:
-    """Teaches `model` Otto and writes `output`/METHOD.png: PROMPTS before (their rare word plain) and after.
+@dataclass(frozen=True, slots=True)
+class Likeness:
+    """Pictures of some prompts (uint8 [n, h, w, 3], a prompt after the other) and how like the references
+    those of each prompt are: by their colours (0..1) and by the scorer (-1..1), means over the seeds."""
 
-    Returns the colour similarity to the held-out pictures by prompt, and the seconds that teaching took.
+    pixels: Pixels
+    colors: list[float]
+    scores: list[float]
+
+
+def likeness(
+    pipeline: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    references: Sequence[Image.Image],
+    scorer: Scorer,
+    seeds: Sequence[int] = SEEDS,
+) -> Likeness:
+    """Paints the prompts, each from every seed, and compares."""
+    colors, scores, shown = [], [], []
+    for prompt in prompts:
+        painted = paint(pipeline, [prompt] * len(seeds), seeds, steps=STEPS, guidance=GUIDANCE)
+        images = [Image.fromarray(pixels) for pixels in painted]
+        colors.append(float(np.mean([similarity(image, references) for image in images])))
+        scores.append(float(scorer.image_similarity(images, references).mean()))
+        shown.append(painted)
+    return Likeness(np.concatenate(shown), colors, scores)
+
+
+def styles_kept(
+    pipeline: StableDiffusionPipeline, name: str, classifier: Classifier
+) -> tuple[dict[str, float], Pixels]:
+    """By style, the share of its pictures of `name` in which the classifier finds it; and all pictures."""
+    prompts = [prompt.format(name) for prompt in STYLE_PROMPTS.values() for _ in _STYLE_SEEDS]
+    seeds = list(_STYLE_SEEDS) * len(STYLE_PROMPTS)
+    painted = paint(pipeline, prompts, seeds, steps=STEPS, guidance=GUIDANCE)
+    known = classifier.classes["style"]
+    with torch.no_grad():
+        answered = classifier.heads["style"](classifier.embed(as_tensor(painted).to(device()))).argmax(1)
+    found = np.split(np.array([known[number] for number in answered.tolist()]), len(STYLE_PROMPTS))
+    kept = {style: float((part == style).mean()) for style, part in zip(STYLE_PROMPTS, found, strict=True)}
+    return kept, painted
+
+
+def before_and_after(
+    model: Path,
+    method: str,
+    *,
+    examples: Path,
+    output: Path,
+    steps: int,
+    learning_rate: float | None = None,
+    classifier: Classifier | None = None,
+) -> dict[str, object]:
+    """Teaches `model` Otto and writes `output`/METHOD-STEPS.png: PROMPTS before (their rare word plain) and
+    after; with a classifier also METHOD-STEPS-styles.png.
+
+    Returns the likeness to the held-out pictures by prompt, the seconds that teaching took and what is left
+    of the styles.
     """
     output.mkdir(parents=True, exist_ok=True)
-    pipeline = load_pipeline(model)
+    pipeline, scorer = load_pipeline(model), Scorer(model / "scorer")
     subject = load_subject(examples / "otto", pipeline.vae.config.sample_size)
     references = held_out(examples / "otto-held-out")
     plain = [prompt.format("blue octopus") for prompt in PROMPTS]
-    before, painted_before = likeness(pipeline, plain, references)
+    before = likeness(pipeline, plain, references, scorer)
     inversion = method == "textual-inversion"
     name = f"<{_RARE}> blue plush octopus" if inversion else f"{_RARE} blue plush octopus"
     start = time.perf_counter()
-    losses = teach(pipeline, with_new_word(subject) if inversion else subject, method, steps=steps)
+    subject = with_new_word(subject) if inversion else subject
+    losses = teach(pipeline, subject, method, steps=steps, learning_rate=learning_rate)
     seconds = time.perf_counter() - start
-    after, painted_after = likeness(pipeline, [prompt.format(name) for prompt in PROMPTS], references)
-    rows = zip(np.split(painted_before, len(PROMPTS)), np.split(painted_after, len(PROMPTS)), strict=True)
-    sheet(np.concatenate([row for pair in rows for row in pair])).save(output / f"{method}.png")
-    return {
+    after = likeness(pipeline, [prompt.format(name) for prompt in PROMPTS], references, scorer)
+    pairs = zip(np.split(before.pixels, len(PROMPTS)), np.split(after.pixels, len(PROMPTS)), strict=True)
+    sheet(np.concatenate([row for pair in pairs for row in pair])).save(output / f"{method}-{steps}.png")
+    figures: dict[str, object] = {
         "method": method,
         "steps": steps,
+        "learning_rate": learning_rate or _RATES[method],
         "seconds": seconds,
         "loss": float(np.mean(losses[-50:])),
-        "before": dict(zip(PROMPTS, before, strict=True)),
-        "after": dict(zip(PROMPTS, after, strict=True)),
+        "colors": _by_prompt(before.colors, after.colors),
+        "scorer": _by_prompt(before.scores, after.scores),
     }
+    if classifier is not None:
+        kept, painted = styles_kept(pipeline, name, classifier)
+        sheet(painted).save(output / f"{method}-{steps}-styles.png")
+        figures["styles_kept"] = kept
+    return figures
+
+
+def _by_prompt(before: Sequence[float], after: Sequence[float]) -> dict[str, dict[str, float]]:
+    pairs = zip(PROMPTS, before, after, strict=True)
+    return {prompt: {"before": first, "after": then} for prompt, first, then in pairs}

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pocket.canvas import COLORS
-from pocket.captions import Attributes
+from pocket.captions import Attributes, hidden
 from pocket.creatures import EXPRESSIONS
 from pocket.data import PictureSet
 from pocket.scenes import SCENES
@@ -42,15 +44,34 @@ def classes_of(part: Part) -> Classes:
 
 def answers(attributes: Attributes) -> Answers:
     """The true answer to each question, None where the picture does not show it."""
-    hidden = STYLES[attributes.style].hides
+    unseen = hidden(attributes)
     background = attributes.scene or f"plain {attributes.backdrop}"
     return {
         "subject": attributes.subject,
-        "color": None if "color" in hidden else attributes.color,
-        "background": None if attributes.backdrop and "color" in hidden else background,
+        "color": None if "color" in unseen else attributes.color,
+        "background": None if attributes.backdrop and "backdrop" in unseen else background,
         "style": _AS_DRAWN if attributes.style in ("none", "photo") else attributes.style,
-        "expression": None if "expression" in hidden else attributes.expression,
+        "expression": None if "expression" in unseen else attributes.expression,
     }
+
+
+def exchanged(attributes: Attributes, question: str, answer: str) -> Attributes:
+    """The same attributes with another answer to one question."""
+    if question == "background":
+        color = answer.removeprefix("plain ")
+        plain = color != answer
+        return replace(attributes, scene=None if plain else answer, backdrop=color if plain else None)
+    if question == "style":
+        return replace(attributes, style="none" if answer == _AS_DRAWN else answer)
+    return replace(attributes, **{question: answer})  # type: ignore[arg-type]
+
+
+def mistaken(attributes: Attributes, classes: Classes, rng: np.random.Generator) -> Attributes:
+    """The attributes with one answer that is wrong, of those that the picture shows."""
+    shown = [(question, answer) for question, answer in answers(attributes).items() if answer is not None]
+    question, right = shown[rng.integers(len(shown))]
+    wrong = [answer for answer in classes[question] if answer != right]
+    return exchanged(attributes, question, wrong[rng.integers(len(wrong))])
 
 
 def named(attributes: Attributes, caption: str) -> Answers:

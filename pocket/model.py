@@ -36,6 +36,11 @@ def save_model(
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder)
+    clean(folder)
+
+
+def clean(folder: Path) -> None:
+    """Takes out of a folder's JSON files where they were made, and makes half precision load as float32."""
     for path in sorted(folder.rglob("*.json")):
         _clean(path)
 
@@ -48,8 +53,9 @@ def size_mb(folder: Path) -> float:
 def _clean(path: Path) -> None:
     entries = json.loads(path.read_text(encoding="utf-8"))
     kept = {name: value for name, value in entries.items() if name not in _PATHS}
-    if path.parent.name == "text_encoder":
-        # transformers would load halves as halves; diffusers' parts come in float32 whatever they are.
-        kept["dtype"] = "float32"
+    # transformers would load halves as halves; diffusers' parts come in float32 whatever they are.
+    for part in (kept, kept.get("text_config", {}), kept.get("vision_config", {})):
+        if "dtype" in part:
+            part["dtype"] = "float32"
     if kept != entries:
         path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

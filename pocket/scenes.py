@@ -64,7 +64,7 @@ def _cloud(canvas: Canvas, rng: np.random.Generator) -> None:
 
 def _stars(canvas: Canvas, rng: np.random.Generator, count: int, floor: float) -> None:
     for _ in range(count):
-        r = rng.uniform(0.002, 0.006)
+        r = rng.uniform(0.004, 0.008)
         canvas.ellipse(rng.uniform(0, 1), rng.uniform(0, floor), r, r, (255, 255, 225))
 
 
@@ -90,8 +90,8 @@ def _snow(canvas: Canvas, rng: np.random.Generator) -> None:
         canvas.polygon(
             [*cap, (x + 0.12 * h, horizon - 0.68 * h), (x - 0.1 * h, horizon - 0.55 * h)], (255, 255, 255)
         )
-    for _ in range(30):
-        r = rng.uniform(0.004, 0.01)
+    for _ in range(16):
+        r = rng.uniform(0.006, 0.011)
         canvas.ellipse(rng.uniform(0, 1), rng.uniform(0, 1), r, r, (255, 255, 255))
 
 
@@ -108,7 +108,7 @@ def _forest(canvas: Canvas, rng: np.random.Generator) -> None:
 
 def _night(canvas: Canvas, rng: np.random.Generator) -> None:
     horizon = _ground(canvas, rng, ((8, 10, 40), (32, 38, 95)), ((27, 33, 50), (12, 15, 28)))
-    _stars(canvas, rng, 32, horizon)
+    _stars(canvas, rng, 12, horizon)
     x, y, r = float(rng.choice([0.15, 0.85])), 0.15, 0.08
     canvas.ellipse(x, y, r, r, (246, 241, 205))
     canvas.ellipse(x + 0.5 * r, y - 0.2 * r, 0.9 * r, 0.9 * r, (13, 16, 50))
@@ -140,8 +140,10 @@ def _underwater(canvas: Canvas, rng: np.random.Generator) -> None:
         x, length = rng.uniform(0, 1), int(rng.integers(4, 9))
         weed = [(x + 0.02 * math.sin(j), 0.96 - 0.05 * j) for j in range(length)]
         canvas.line(weed, 0.03, (30, 140, 80))
-    for _ in range(11):
-        canvas.ring(rng.uniform(0, 1), rng.uniform(0, 0.85), rng.uniform(0.012, 0.03), 0.006, (205, 240, 255))
+    for _ in range(7):
+        canvas.ring(
+            rng.uniform(0, 1), rng.uniform(0, 0.85), rng.uniform(0.016, 0.032), 0.008, (205, 240, 255)
+        )
 
 
 def _city(canvas: Canvas, rng: np.random.Generator) -> None:
@@ -151,10 +153,10 @@ def _city(canvas: Canvas, rng: np.random.Generator) -> None:
         width, height = rng.uniform(0.12, 0.2), rng.uniform(0.2, min(0.48, horizon))
         tone = rng.uniform(80, 150)
         canvas.rectangle(x, horizon - height, x + width, horizon, (tone, tone - 8, tone - 4))
-        for left in np.arange(x + 0.02, x + width - 0.03, 0.055):
-            for top in np.arange(horizon - height + 0.03, horizon - 0.05, 0.07):
+        for left in np.arange(x + 0.02, x + width - 0.04, 0.07):
+            for top in np.arange(horizon - height + 0.03, horizon - 0.06, 0.1):
                 if rng.random() < 0.7:
-                    canvas.rectangle(left, top, left + 0.026, top + 0.034, (250, 235, 150))
+                    canvas.rectangle(left, top, left + 0.036, top + 0.05, (250, 235, 150))
         x += width + rng.uniform(0, 0.03)
     canvas.rectangle(0, horizon, 1, horizon + 0.025, (165, 165, 168))
 
@@ -189,7 +191,7 @@ def _space(canvas: Canvas, rng: np.random.Generator) -> None:
             canvas.ellipse(
                 x, y, r * (1 - ring / 8), 0.5 * r * (1 - ring / 8), (20 + 3 * ring, 9, 40 + 5 * ring)
             )
-    _stars(canvas, rng, 45, 1.0)
+    _stars(canvas, rng, 18, 1.0)
     planets: tuple[Color, ...] = ((220, 150, 90), (120, 170, 230), (200, 100, 160))
     color = planets[rng.integers(len(planets))]
     x, y, r = float(rng.choice([0.15, 0.85])), float(rng.choice([0.18, 0.8])), rng.uniform(0.08, 0.13)
@@ -202,8 +204,8 @@ def _room(canvas: Canvas, rng: np.random.Generator) -> None:
     walls: tuple[Color, ...] = ((235, 220, 190), (190, 210, 220), (220, 190, 190), (200, 215, 180))
     wall = walls[rng.integers(len(walls))]
     horizon = _ground(canvas, rng, (wall, mix(wall, (0, 0, 0), 0.08)), ((172, 118, 68), (135, 85, 45)))
-    for j in range(-1, 8):
-        top = j / 6
+    for j in range(-1, 6):
+        top = j / 4
         canvas.line([(top, horizon), (0.5 + (top - 0.5) * 2.2, 1)], 0.01, (112, 72, 37))
     canvas.rectangle(0, horizon - 0.022, 1, horizon + 0.005, (246, 242, 232))
     x = float(rng.choice([0.08, 0.68]))

@@ -1,4 +1,5 @@
-"""The workshop's stages, one after the other: text, vae, unet, evaluate; each in its part of the work folder.
+"""The workshop's stages, one after the other: text, vae, unet, scorer, evaluate; each in its part of the work
+folder.
 
 A stage whose result stays below its gate says so in its figures ("gate": false); its command then ends with
 an error unless it was told to go on.
@@ -11,17 +12,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from diffusers import AutoencoderKL
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from pocket import classifier as judge
-from pocket import text, vae
+from pocket import scorer, text, vae
 from pocket.classifier import Classifier, ClassifierTask
 from pocket.data import PARTS, PictureSet, SetRecipe, picture_set
-from pocket.evaluate import evaluate
+from pocket.evaluate import evaluate, first
 from pocket.labels import classes_of
 from pocket.model import save_model, size_mb
 from pocket.painting import STEPS
-from pocket.peers import rank, wait
+from pocket.peers import count, rank, wait
+from pocket.scorer import Scorer, save_scorer, zero_shot
 from pocket.text import TextTask, Towers, build_clip, load_text, save_towers, text_scores, train_tokenizer
 from pocket.training import Budget, Report, Trainer
 from pocket.unet import UnetTask, build_unet, lesson, load_unet
@@ -47,6 +49,7 @@ class Plan:
 
     work: Path
     base: Path | None = None
+    decoder_only: bool = False  # of the VAE: latents, and so the U-Net, stay valid
     minutes: float = 20.0
     max_steps: int = 10**9
     part: str = "small"
@@ -75,7 +78,7 @@ class Plan:
 
 
 def make_text(plan: Plan, report: Report) -> Figures:
-    """Tokenizer, text encoder and scorer in WORK/text. Warm: the base's tokenizer and text encoder."""
+    """Tokenizer and text encoder in WORK/text. Warm: the base's tokenizer and text encoder."""
     pictures, unseen, home = plan.training_set(), plan.unseen_set(), plan.work / "text"
     if plan.base is None:
         tokenizer = train_tokenizer(pictures.captions)
@@ -95,14 +98,16 @@ def make_text(plan: Plan, report: Report) -> Figures:
 
 def make_vae(plan: Plan, report: Report) -> Figures:
     """The VAE in WORK/vae, taught by the whole world whatever part the U-Net is taught. Warm: the base's,
-    widened if it is narrower."""
+    widened if it is narrower, and wholly or only its decoder."""
     recipe = SetRecipe("whole", plan.seed - 1, max(64, plan.pictures // 4), 128)
     pixels = plan.drawn(recipe).pixels
     taught = build_vae() if plan.base is None else _warm_vae(plan.base)
-    Trainer(VaeTask(taught, pixels), plan.work / "vae", plan.budget(1.2e-3), report).run()
+    task = VaeTask(taught, pixels, encoder_rate=0.0 if plan.decoder_only else 1.0)
+    Trainer(task, plan.work / "vae", plan.budget(1.2e-3), report).run()
     if rank():
         return _PEER
-    set_scaling_factor(taught, pixels[:512, ::2, ::2])
+    if not plan.decoder_only:
+        set_scaling_factor(taught, pixels[:512, ::2, ::2])
     taught.save_pretrained(plan.work / "vae" / "vae")
     unseen = as_tensor(plan.unseen_set().pixels)
     value = decibels(unseen, reconstructed(taught, unseen))
@@ -134,6 +139,24 @@ def make_unet(plan: Plan, report: Report) -> Figures:
     return {"progress": asdict(trainer.progress), "size_mb": size_mb(plan.work / "model"), "gate": True}
 
 
+def make_scorer(plan: Plan, report: Report) -> Figures:
+    """The scorer in the model's folder, WORK/model/scorer, or in WORK/scorer where only the base has a model.
+    Its text half begins at the text encoder of that model."""
+    pictures, model = plan.training_set(), _made_model(plan)
+    tokenizer, text_encoder = load_text(model)
+    classes = classes_of(PARTS[plan.part])
+    towers = Towers(build_clip(tokenizer, like=text_encoder), classes)
+    task = TextTask(towers, pictures, tokenizer, text_rate=0.3, batch_size=64 // count())
+    Trainer(task, plan.work / "scoring", plan.budget(1.5e-3), report).run()
+    if rank():
+        return _PEER
+    home = _scorer_home(plan)
+    save_scorer(towers.clip, tokenizer, home)
+    unseen = first(plan.unseen_set(), 512)
+    scores = {question: share for question, (share, _) in zero_shot(Scorer(home), unseen, classes).items()}
+    return {"scores": scores, "size_mb": size_mb(home), "gate": min(scores.values()) >= scorer.GATE}
+
+
 def make_evaluation(plan: Plan, report: Report) -> Figures:
     """Trains the classifier in WORK/classifier if it is not there, then judges WORK/model, or the base where
     nothing was trained, into WORK/evaluation."""
@@ -141,16 +164,16 @@ def make_evaluation(plan: Plan, report: Report) -> Figures:
     judging = _classifier(plan, pictures, report)
     if rank():
         return _PEER
-    model = plan.work / "model" if (plan.work / "model").exists() or plan.base is None else plan.base
-    scorer_at = plan.work / "text" / "scorer"
-    scorer = CLIPModel.from_pretrained(scorer_at) if scorer_at.exists() else None
+    model, scoring = _made_model(plan), _scorer_home(plan)
+    if not scoring.exists():
+        scoring = model / "scorer"
     result = evaluate(
         model,
         judging,
         unseen,
         pictures,
         plan.work / "evaluation",
-        scorer=scorer,
+        scorer=Scorer(scoring) if scoring.exists() else None,
         count=plan.painted,
         steps=plan.sampling_steps,
     )
@@ -167,8 +190,20 @@ STAGES: dict[str, Callable[[Plan, Report], Figures]] = {
     "text": make_text,
     "vae": make_vae,
     "unet": make_unet,
+    "scorer": make_scorer,
     "evaluate": make_evaluation,
 }
+
+
+def _made_model(plan: Plan) -> Path:
+    """What make_unet left, or the base."""
+    made = plan.work / "model"
+    return made if made.exists() or plan.base is None else plan.base
+
+
+def _scorer_home(plan: Plan) -> Path:
+    made = plan.work / "model"
+    return made / "scorer" if made.exists() else plan.work / "scorer"
 
 
 def _made_text(plan: Plan) -> tuple[CLIPTokenizer, CLIPTextModel]:
@@ -194,4 +229,6 @@ def _warm_vae(base: Path) -> AutoencoderKL:
 def _classifier(plan: Plan, pictures: PictureSet, report: Report) -> Classifier:
     judging = Classifier(classes_of(PARTS[plan.part]))
     Trainer(ClassifierTask(judging, pictures), plan.work / "classifier", plan.budget(2e-3), report).run()
+    if rank() == 0:
+        judge.save_classifier(judging, plan.work / "classifier")
     return judging

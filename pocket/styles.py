@@ -20,13 +20,15 @@ Filter = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """A look, the words before and after a subject that name it, and what it hides: "color", "expression"."""
+    """A look, the words before and after a subject that name it, and what it hides of a picture: "color" and
+    "expression" of the subject, the "backdrop" colour; `merges` are colours that it does not tell apart."""
 
     name: str
     prefixes: tuple[str, ...]
     suffix: str
     apply: Filter
     hides: frozenset[str] = frozenset()
+    merges: frozenset[str] = frozenset()
 
 
 def _image(pixels: Array) -> Image.Image:
@@ -92,17 +94,15 @@ def _watercolor(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def _sketch(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Graphite lines where tones meet, hatching in the dark."""
+    """Graphite lines where tones meet, soft shading in the dark; specks are left out, as a hand would."""
     size = picture.width
-    gray = picture.convert("L")
+    gray = picture.convert("L").filter(ImageFilter.MedianFilter(3 if size < 192 else 5))
     tone = _pixels(gray)
     blurred = _pixels(gray.filter(ImageFilter.GaussianBlur(size / 24)))
     lines = np.minimum(255, tone * 255 / (blurred + 1))
     drawn = (lines * 0.5 + (tone * 0.55 + 95) * 0.5 - 185) * 1.7 + 185
-    row, column = np.mgrid[0:size, 0:size]
-    hatch = np.sin((row + column) * 0.9 * 128 / size) * np.clip((150 - tone) / 150, 0, 1) * 45
-    drawn = drawn + hatch - np.clip(110 - tone, 0, 110) * 0.35 + rng.standard_normal((size, size)) * 4
-    return _image(drawn.clip(25, 250)).convert("RGB")
+    paper = smooth_noise(rng, size, 10) * 3
+    return _image((drawn - np.clip(110 - tone, 0, 110) * 0.35 + paper).clip(25, 250)).convert("RGB")
 
 
 def _pixel_art(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -115,9 +115,9 @@ def _pixel_art(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def _neon(picture: Image.Image, _rng: np.random.Generator) -> Image.Image:
-    """Glowing outlines in the dark, in the picture's own hues."""
+    """Glowing outlines in the dark, in the picture's own hues. No tube is bent around a speck."""
     size = picture.width
-    pixels = _pixels(picture)
+    pixels = _pixels(picture.filter(ImageFilter.MedianFilter(3 if size < 192 else 5)))
     down = np.abs(np.diff(pixels, axis=0, prepend=pixels[:1]))
     right = np.abs(np.diff(pixels, axis=1, prepend=pixels[:, :1]))
     width = 3 if size < 192 else 5
@@ -147,7 +147,7 @@ STYLES: dict[str, Style] = {
             ("a pencil sketch of ", "a pencil drawing of "),
             ", pencil sketch",
             _sketch,
-            frozenset({"color"}),
+            frozenset({"color", "backdrop"}),
         ),
         Style(
             "pixel art",
@@ -156,6 +156,14 @@ STYLES: dict[str, Style] = {
             _pixel_art,
             frozenset({"expression"}),
         ),
-        Style("neon", ("a neon sign of ", "neon art of "), ", neon", _neon),
+        Style(
+            "neon",
+            ("a neon sign of ", "neon art of "),
+            ", neon",
+            _neon,
+            frozenset({"backdrop"}),
+            # A tube has a hue and no tone.
+            merges=frozenset({"black", "brown", "gray", "white"}),
+        ),
     )
 }

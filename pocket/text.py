@@ -1,26 +1,39 @@
-"""The second part: a tokenizer, a CLIP text encoder and, against it, an image tower that stays as
-the scorer.
+"""The second part: a tokenizer, a CLIP text encoder and, against it, an image tower.
 
 Contrastive training alone left the prototype blind to subjects, so both towers also answer questions about
-what they see or read (`labels`). The gate is 90 % on pictures they have not seen.
+what they see or read (`labels`). The gate is 90 % on pictures they have not seen. The same task makes the
+scorer, whose text half is a copy of its own.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from pocket.captions import Attributes, describe
 from pocket.data import PictureSet
-from pocket.labels import Classes, build_heads, question_loss, shares_right, shown_labels, told_labels
+from pocket.labels import (
+    Classes,
+    build_heads,
+    class_numbers,
+    mistaken,
+    named,
+    question_loss,
+    shares_right,
+    shown_labels,
+    told_labels,
+)
 from pocket.training import Losses, autocast, device
-from pocket.vae import as_tensor
+from pocket.vae import as_tensor, moved
 
 GATE = 0.9
 _VOCABULARY = 2048
@@ -58,10 +71,11 @@ def train_tokenizer(texts: Iterable[str], length: int = 32) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
 
 
-def token_ids(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
-    """Padded token ids: [n, tokens]."""
+def token_ids(tokenizer: CLIPTokenizer, texts: Sequence[str], padding: str = "max_length") -> Tensor:
+    """Padded token ids: [n, tokens]. With padding "longest" there are no more tokens than the longest text
+    has, which is enough for an embedding: CLIP reads it at the first end, and no token sees a later one."""
     length = tokenizer.model_max_length
-    encoded = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length)
+    encoded = tokenizer(list(texts), padding=padding, truncation=True, max_length=length)
     return torch.tensor(encoded["input_ids"])
 
 
@@ -91,9 +105,43 @@ def build_clip(
     }
     vision = {"num_hidden_layers": layers + 1, "image_size": 64, "patch_size": 8}
     clip = CLIPModel(CLIPConfig(text_config=shape | text, vision_config=shape | vision, projection_dim=96))
+    _begin_seeing(clip)
     if like is not None:
         clip.text_model.load_state_dict(like.state_dict())
     return clip
+
+
+@torch.no_grad()
+def _begin_seeing(clip: CLIPModel) -> None:
+    """Begins the image tower's attention where trained ones are found: places know their neighbours, queries
+    look for keys like them, values subtract what is there (mimetic initialisation, arXiv 2305.09828)."""
+    tower = clip.vision_model
+    width, heads = tower.config.hidden_size, tower.config.num_attention_heads
+    places = tower.embeddings.position_embedding.weight
+    side = math.isqrt(len(places) - 1)
+    places[1:] = 0.1 * _waves(side, width)
+    for layer in tower.encoder.layers:
+        attention = layer.self_attn
+        for head in torch.arange(width).chunk(heads):
+            u, s, v = torch.linalg.svd(_near_identity(width, 0.7, 0.7))
+            root = s[: len(head)].sqrt()
+            attention.q_proj.weight[head] = (u[:, : len(head)] * root).T
+            attention.k_proj.weight[head] = v[: len(head)] * root[:, None]
+        u, s, v = torch.linalg.svd(_near_identity(width, 0.4, -0.4))
+        attention.out_proj.weight.copy_(u * s.sqrt())
+        attention.v_proj.weight.copy_(s.sqrt()[:, None] * v)
+
+
+def _near_identity(width: int, noise: float, identity: float) -> Tensor:
+    return noise * torch.randn(width, width) / math.sqrt(width) + identity * torch.eye(width)
+
+
+def _waves(side: int, width: int) -> Tensor:
+    """Sines and cosines of a place's column and row: [side * side, width]."""
+    frequencies = 100 ** -(torch.arange(width // 4) / (width // 4))
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    angles = [axis.flatten()[:, None] * frequencies for axis in (column, row)]
+    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
 
 
 class Towers(nn.Module):
@@ -118,41 +166,67 @@ class Towers(nn.Module):
 
 
 class TextTask:
-    """Pictures and captions that belong together find each other in a batch; both answer questions."""
+    """Pictures and captions that belong together find each other in a batch; both answer questions.
+
+    Beside each caption stands one that is wrong in a single answer (arXiv 2210.01936), so that no answer is
+    too small to matter.
+    """
 
     def __init__(
-        self, towers: Towers, pictures: PictureSet, tokenizer: CLIPTokenizer, batch_size: int = 128
+        self,
+        towers: Towers,
+        pictures: PictureSet,
+        tokenizer: CLIPTokenizer,
+        *,
+        text_rate: float = 1.0,
+        batch_size: int = 128,
     ) -> None:
+        """`text_rate`: the text tower's share of the learning rate."""
         self.network: nn.Module = towers.to(device())
-        self._towers, self._pixels, self._batch_size = towers, pictures.pixels, batch_size
-        self._ids = token_ids(tokenizer, pictures.captions)
+        self._towers, self._pictures, self._tokenizer = towers, pictures, tokenizer
+        self._text_rate, self._batch_size = text_rate, batch_size
         self._shown = shown_labels(pictures, towers.classes)
-        self._told = told_labels(pictures, towers.classes)
 
     def rates(self) -> list[tuple[float, list[nn.Parameter]]]:
-        return [(1.0, list(self.network.parameters()))]
+        reading = list(self._towers.clip.text_model.parameters())
+        known = {id(parameter) for parameter in reading}
+        rest = [parameter for parameter in self.network.parameters() if id(parameter) not in known]
+        return [(1.0, rest), (self._text_rate, reading)]
 
     def losses(self, generator: torch.Generator) -> Losses:
-        chosen = torch.randint(len(self._ids), (self._batch_size,), generator=generator)
-        pixels = as_tensor(self._pixels[chosen.numpy()]).to(device())
-        if torch.rand((), generator=generator) < 0.5:
-            pixels = pixels.flip(3)
-        ids = self._ids[chosen].to(device())
+        chosen = torch.randint(len(self._pictures), (self._batch_size,), generator=generator)
+        pixels = moved(as_tensor(self._pictures.pixels[chosen.numpy()]), generator, 0)
+        shown = [self._pictures.attributes[number] for number in chosen.tolist()]
+        seeds = torch.randint(2**31, (len(shown),), generator=generator).tolist()
+        captions = [_worded(facts, seed) for facts, seed in zip(shown, seeds, strict=True)]
+        wrong = [
+            _worded(mistaken(facts, self._towers.classes, np.random.default_rng(seed)), seed)
+            for facts, seed in zip(shown, seeds, strict=True)
+        ]
+        ids = token_ids(self._tokenizer, captions + wrong, "longest").to(device())
         with autocast():
-            images, texts = self._towers.embed_images(pixels), self._towers.embed_texts(ids)
+            images, texts = self._towers.embed_images(pixels.to(device())), self._towers.embed_texts(ids)
         images, texts = images.float(), texts.float()
+        told = class_numbers(
+            [named(facts, words) for facts, words in zip(shown, captions, strict=True)], self._towers.classes
+        )
         contrast = self._contrast(images, texts, ids)
-        seen = question_loss(self._towers.seen, images, _of(self._shown, chosen))
-        read = question_loss(self._towers.read, texts, _of(self._told, chosen))
-        return {"loss": contrast + 0.5 * seen + 0.25 * read, "contrast": contrast, "seen": seen, "read": read}
+        seen = question_loss(
+            self._towers.seen, images, {question: found[chosen] for question, found in self._shown.items()}
+        )
+        read = question_loss(self._towers.read, texts[: len(images)], told)
+        return {"loss": contrast + seen + 0.25 * read, "contrast": contrast, "seen": seen, "read": read}
 
     def _contrast(self, images: Tensor, texts: Tensor, ids: Tensor) -> Tensor:
+        """`images` [b, d] against `texts` [2b, d]: the right captions, then the wrong ones."""
+        count = len(images)
         scale = self._towers.clip.logit_scale.exp().clamp(max=50)
         logits = scale * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
         # The same caption twice in a batch is right for both pictures.
-        same = (ids[:, None] == ids[None]).all(-1).float()
-        target = same / same.sum(1, keepdim=True)
-        return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+        same = (ids[:count, None] == ids[None]).all(-1).float()
+        finds = F.cross_entropy(logits, same / same.sum(1, keepdim=True))
+        found = same[:, :count] / same[:, :count].sum(1, keepdim=True)
+        return 0.5 * (finds + F.cross_entropy(logits[:, :count].T, found))
 
 
 @torch.no_grad()
@@ -171,18 +245,10 @@ def text_scores(towers: Towers, pictures: PictureSet, tokenizer: CLIPTokenizer) 
 
 
 def save_towers(towers: Towers, folder: Path) -> None:
-    """Writes `folder`/scorer (CLIPModel) and `folder`/text_encoder (its text half)."""
-    towers.clip.save_pretrained(folder / "scorer")
-    CLIPTextModel.from_pretrained(folder / "scorer").save_pretrained(folder / "text_encoder")
+    """Writes `folder`/clip (CLIPModel) and `folder`/text_encoder (its text half)."""
+    towers.clip.save_pretrained(folder / "clip")
+    CLIPTextModel.from_pretrained(folder / "clip").save_pretrained(folder / "text_encoder")
 
 
-@torch.no_grad()
-def clip_score(clip: CLIPModel, pixels: Tensor, ids: Tensor) -> float:
-    """Mean cosine (-1..1) of pictures [n, 3, 64, 64] in -1..1 and the captions [n, tokens] beside them."""
-    texts = clip.text_projection(clip.text_model(input_ids=ids).pooler_output)
-    images = clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
-    return float(F.cosine_similarity(images, texts, dim=-1).mean())
-
-
-def _of(labels: dict[str, Tensor], chosen: Tensor) -> dict[str, Tensor]:
-    return {question: found[chosen] for question, found in labels.items()}
+def _worded(attributes: Attributes, seed: int) -> str:
+    return describe(attributes, np.random.default_rng(seed))

@@ -52,6 +52,8 @@ def test_it_holds_both_packages_and_nothing_else(wheel: zipfile.ZipFile) -> None
         "atelier_server/__init__.py",
         "atelier_server/pocket/model_index.json",
         "atelier_server/pocket/scheduler/scheduler_config.json",
+        "atelier_server/pocket/scorer/model.safetensors",
+        "atelier_server/pocket/scorer/processor_config.json",
         "atelier_server/pocket/text_encoder/model.safetensors",
         "atelier_server/pocket/tokenizer/tokenizer.json",
         "atelier_server/pocket/unet/diffusion_pytorch_model.safetensors",

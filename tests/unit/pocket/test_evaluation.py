@@ -20,7 +20,8 @@ from pocket.evaluate import copies, evaluate
 from pocket.labels import NOT_SHOWN, answers, classes_of, named, shares_right, shown_labels, told_labels
 from pocket.model import save_model, size_mb
 from pocket.painting import load_pipeline, paint, sheet
-from pocket.text import build_clip, load_text
+from pocket.scorer import Scorer
+from pocket.text import load_text
 from pocket.unet import load_unet
 from pocket.vae import load_vae
 from pocket.world import SMALL
@@ -46,6 +47,9 @@ def test_nothing_is_asked_that_the_style_hides() -> None:
     sketch = answers(_shown(style="sketch"))
     assert (sketch["color"], sketch["background"], sketch["expression"]) == (None, None, "sad")
     assert answers(_shown(style="pixel art"))["expression"] is None
+    neon = answers(_shown(style="neon"))
+    assert (neon["color"], neon["background"]) == ("red", None)
+    assert answers(_shown(style="neon", color="brown"))["color"] is None
     assert answers(_shown(style="photo"))["style"] == answers(_shown())["style"] == "as drawn"
     assert answers(_shown(scene="beach", backdrop=None))["background"] == "beach"
 
@@ -86,8 +90,7 @@ def test_copies_are_found(tiny_set: PictureSet) -> None:
 
 def test_an_evaluation_is_written_with_its_sheets(tiny_set: PictureSet, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    tokenizer, text_encoder = load_text(BASE)
-    scorer = build_clip(tokenizer, like=text_encoder).eval()
+    scorer = Scorer(BASE / "scorer")
     result = evaluate(
         BASE, Classifier(CLASSES), tiny_set, tiny_set, tmp_path, scorer=scorer, count=4, steps=2, guidance=3.0
     )
@@ -95,7 +98,10 @@ def test_an_evaluation_is_written_with_its_sheets(tiny_set: PictureSet, tmp_path
     assert written["generated"].keys() == written["classifier_on_true"].keys() == CLASSES.keys()
     assert written["asked"]["subject"] == 4
     assert result.vae_db > 20
+    # Two steps paint noise, so the true pictures are nearer to their captions.
     assert result.clip_score is not None
+    assert result.clip_score_true is not None
+    assert result.clip_score < result.clip_score_true
     assert {path.name for path in tmp_path.iterdir()} == {"evaluation.json", "generated.png", "sheet.png"}
 
 
@@ -152,7 +158,7 @@ def test_the_stages_make_a_model_and_judge_it(
 ) -> None:
     options = (*TINY, "--work", str(tmp_path), "--from", str(BASE), "--json", "--below-gate")
     figures = {}
-    for stage in ("text", "vae", "unet", "evaluate"):
+    for stage in ("text", "vae", "unet", "scorer", "evaluate"):
         _run(monkeypatch, stage, *options)
         figures[stage] = json.loads(capsys.readouterr().out)
     assert figures["vae"]["db"] > 20

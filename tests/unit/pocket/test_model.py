@@ -23,11 +23,11 @@ def test_no_file_tells_where_it_was_made(path: str) -> None:
 
 def test_weights_are_half_precision_and_small() -> None:
     weights = sorted(FOLDER.rglob("*.safetensors"))
-    assert [path.parent.name for path in weights] == ["text_encoder", "unet", "vae"]
+    assert [path.parent.name for path in weights] == ["scorer", "text_encoder", "unet", "vae"]
     for path in weights:
         with safe_open(path, "pt") as tensors:
             assert {tensors.get_tensor(name).dtype for name in tensors.keys()} <= {torch.float16, torch.int64}  # noqa: SIM118
-    assert sum(path.stat().st_size for path in FOLDER.rglob("*")) < 20 * 2**20
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*")) < 40e6
 
 
 def test_it_paints_what_is_asked_and_the_same_again() -> None:

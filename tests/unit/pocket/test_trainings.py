@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 import atelier_server.pocket
+from pocket.__main__ import main
 from pocket.classifier import Classifier, ClassifierTask
 from pocket.data import PictureSet
 from pocket.labels import classes_of
@@ -161,6 +162,24 @@ def test_a_warm_clip_begins_at_the_models_text_encoder() -> None:
         assert torch.equal(clip.text_model(input_ids=ids)[0], text_encoder(ids)[0])
 
 
+def test_only_the_decoder_learns_when_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The latents that the base's U-Net knows stay as they are, bit for bit."""
+    words = "vae --decoder-only --minutes 9 --max-steps 1 --pictures 40 --held-out 8 --below-gate --json"
+    argv = ["pocket", *words.split(), "--from", str(BASE), "--work", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    main()
+    assert json.loads(capsys.readouterr().out)["db"] > 20
+    base, taught = load_vae(BASE), load_vae(tmp_path / "vae")
+    known = taught.state_dict()
+    changed = {
+        name.split(".")[0] for name, value in base.state_dict().items() if not value.equal(known[name])
+    }
+    assert changed == {"decoder", "post_quant_conv"}
+    assert taught.config.scaling_factor == base.config.scaling_factor
+
+
 @pytest.mark.parametrize("text_rate", [0.0, 0.5])
 def test_the_unet_learns_and_the_text_encoder_in_phase_2(
     tiny_set: PictureSet, tmp_path: Path, text_rate: float
@@ -190,7 +209,7 @@ def test_two_processes_train_one_network(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["gate"] is False
     with safe_open(tmp_path / "text" / "state.safetensors", "pt") as state:
         assert json.loads(state.metadata()["progress"])["step"] == 2
-    assert (tmp_path / "text" / "scorer" / "model.safetensors").exists()
+    assert (tmp_path / "text" / "clip" / "model.safetensors").exists()
 
 
 def test_gradients_are_averaged_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:

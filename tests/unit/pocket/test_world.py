@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pocket.canvas import COLORS
-from pocket.captions import Attributes, describe
+from pocket.captions import Attributes, describe, plainly
 from pocket.creatures import CREATURES, EXPRESSIONS, creature
 from pocket.scenes import SCENES, paint_backdrop, paint_scene
 from pocket.sprites import recolor, sprite, sprite_sheet, subjects
@@ -96,6 +97,17 @@ def test_captions_never_name_what_the_style_hides() -> None:
         assert not set(sketch.split()) & {"red", "green"}
         pixels = describe(Attributes("octopus", "drawn", "red", "sad", "beach", None, "pixel art"), rng)
         assert "sad" not in pixels.split()
+        neon = describe(Attributes("octopus", "drawn", "white", "sad", None, "green", "neon"), rng)
+        assert not set(neon.split()) & {"white", "green"}
+
+
+def test_the_plain_caption_leaves_out_only_what_is_hidden() -> None:
+    shown = Attributes("octopus", "drawn", "red", "sad", None, "green", "oil")
+    assert plainly(shown) == "an oil painting of a sad red octopus on a green background"
+    assert plainly(replace(shown, style="sketch")) == "a pencil sketch of a sad octopus"
+    assert (
+        plainly(replace(shown, style="none", scene="beach", backdrop=None)) == "a sad red octopus on a beach"
+    )
 
 
 def test_captions_name_the_subject_and_mostly_the_rest() -> None:
