@@ -120,6 +120,12 @@ class Recipe:
         """Whether what a caption is to the U-Net changes while this trains."""
         return self.train_text_encoder or self.learns_tokens
 
+    @property
+    def rows(self) -> int:
+        """Of a micro-step: pictures, as many of the class, and the pictures again under its prompt."""
+        preserves_output = self.output_preservation_weight > 0
+        return self.train_batch_size * (1 + self.with_prior_preservation + preserves_output)
+
     def _fill(self, name: str, value: float | bool) -> None:
         object.__setattr__(self, name, value)  # frozen: only while it is made
 

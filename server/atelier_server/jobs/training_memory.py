@@ -58,8 +58,8 @@ def _itemsize(base: BaseInfo) -> int:
 
 
 def _rows(recipe: Recipe) -> int:
-    """Of a micro-step: the bucket that holds its pictures, and those of the class beside them."""
-    rows = recipe.train_batch_size * (2 if recipe.with_prior_preservation else 1)
+    """Of a micro-step: the bucket that holds them."""
+    rows = recipe.rows
     return recipe.batch_bucket or next((bucket for bucket in ROW_BUCKETS if bucket >= rows), rows)
 
 

@@ -304,10 +304,9 @@ def estimated_seconds(recipe: Recipe, base: BaseInfo, row_seconds: float) -> flo
     own forward.
     """
     forwards = 4 if recipe.gradient_checkpointing else 3
-    rows = recipe.train_batch_size * (2 if recipe.with_prior_preservation else 1)
-    a_step = rows * forwards
+    a_step = recipe.rows * forwards
     if recipe.output_preservation_weight > 0:
-        a_step += recipe.train_batch_size * (forwards + 1)
+        a_step += recipe.train_batch_size
     pixels = recipe.resolution**2 / (base.native_width * base.native_height)
     steps = recipe.max_train_steps * recipe.gradient_accumulation_steps
     return steps * a_step * row_seconds * pixels

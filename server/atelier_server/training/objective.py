@@ -36,8 +36,7 @@ class Objective:
     @property
     def rows(self) -> int:
         """Of a micro-step."""
-        kinds = 1 + self._recipe.with_prior_preservation + self.preserves_output
-        return self._recipe.train_batch_size * kinds
+        return self._recipe.rows
 
     def shown(self, batch: Batch) -> Batch:
         """The batch with the rows that it needs besides."""

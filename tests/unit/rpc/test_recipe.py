@@ -165,6 +165,17 @@ CONTRADICTIONS: list[tuple[dict[str, object], str, str]] = [
     ({"method": "dreambooth", "target_modules": ["feed_forward"]}, "target_modules", "LoRA"),
     ({"keep_every": 150}, "keep_every", "multiple of checkpointing_steps = 100"),
     ({"batch_bucket": 2, "train_batch_size": 4}, "batch_bucket", "train_batch_size = 4"),
+    (
+        {
+            "batch_bucket": 4,
+            "train_batch_size": 2,
+            "class_prompt": "octopus",
+            "with_prior_preservation": True,
+            "output_preservation_weight": 1.0,
+        },
+        "batch_bucket",
+        "train_batch_size = 2 pictures and 4 rows of the class",
+    ),
     ({"batch_bucket": 3}, "batch_bucket", "2, 4, 8, 16"),
     ({"init_lora_weights": "eva"}, "init_lora_weights", "gaussian"),
     ({"target_modules": ["resnets"]}, "target_modules[0]", "attention"),

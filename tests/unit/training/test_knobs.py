@@ -199,6 +199,54 @@ def test_output_preservation_keeps_the_class(studio: Studio) -> None:
     assert strong < 0.7 * weak
 
 
+WORDS: dict[str, Any] = {"placeholder_tokens": ("<sks>",), "initializer_token": "octopus"}
+METHODS: dict[str, dict[str, Any]] = {
+    "text encoders": {"train_text_encoder": True},
+    "textual_inversion": {"method": "textual_inversion", **WORDS},
+    "pivotal": {"method": "pivotal", "train_text_encoder_ti_frac": 0.5, **WORDS},
+    "dreambooth": {"method": "dreambooth", "train_text_encoder": True},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "pivotal" else pytest.mark.soak) for name in METHODS]
+)
+def test_every_method_has_them(classed: Studio, name: str) -> None:
+    """All knobs at once, resumed in the midst: the same bits."""
+    changes = {
+        **METHODS[name],
+        "instance_prompt": "<sks> octopus" if "placeholder_tokens" in METHODS[name] else "sks octopus",
+        "class_prompt": "octopus",
+        "with_prior_preservation": True,
+        "output_preservation_weight": 0.5,
+        "use_ema": True,
+        "ema_decay": 0.5,
+        "mixed_precision": "bf16",
+        "validation_split": 0.3,
+        "max_train_steps": 4,
+        "train_batch_size": 1,
+        "masked_loss": True,
+        "noise_offset": 0.05,
+    }
+    straight = classed.trainer(version=1, **changes)
+    curve = steps(straight, 4)
+    first = classed.trainer(version=2, **changes)
+    assert steps(first, 3) == curve[:3]
+    for _ in first.publishing():
+        pass
+    told = first.publish().validation_loss
+    assert told is not None
+    assert told > 0
+    second = classed.trainer(version=2, resume_step=3, **changes)
+    assert steps(second, 1) == curve[3:]
+    ours, theirs = straight.adapter(), second.adapter()
+    assert same_bits(ours, theirs)
+    assert ours.tokens.keys() == theirs.tokens.keys()
+    assert bool(ours.tokens) == ("placeholder_tokens" in METHODS[name])
+    for trainer in (straight, second):
+        assert {p.dtype for p in trainer._parameters().values()} == {torch.float32}
+
+
 @pytest.mark.parametrize(
     ("field", "changes"),
     [

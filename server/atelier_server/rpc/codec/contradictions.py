@@ -145,10 +145,12 @@ def _check_vocabulary(checks: Checks, recipe: Recipe, vocabulary: frozenset[str]
 
 
 def _check_rows(checks: Checks, recipe: Recipe) -> None:
-    if recipe.batch_bucket in ROW_BUCKETS and recipe.batch_bucket < recipe.train_batch_size:
+    if recipe.batch_bucket in ROW_BUCKETS and recipe.batch_bucket < recipe.rows:
+        besides = recipe.rows // recipe.train_batch_size - 1 if recipe.train_batch_size > 0 else 0
         checks.refuse(
             "recipe.batch_bucket",
-            f"{recipe.batch_bucket} rows do not hold train_batch_size = {recipe.train_batch_size} pictures",
+            f"{recipe.batch_bucket} rows do not hold train_batch_size = {recipe.train_batch_size} pictures"
+            + (f" and {besides * recipe.train_batch_size} rows of the class" if besides else ""),
         )
     if recipe.checkpointing_steps > 0 and recipe.keep_every % recipe.checkpointing_steps:
         checks.refuse(
