@@ -106,17 +106,53 @@ class SharedLeaves:
     """The leaves of several trainings, each for as many rows of the batch as it says; None is the base alone.
 
     Each training's rows go through its leaf by themselves, in products of shapes that are its own: neither
-    the ranks of its neighbours nor their kinds can change a bit of it.
+    the ranks of its neighbours nor their kinds can change a bit of it. Pairs of one shape and number of rows
+    are the entries of one batched product, which has as many as the batch could hold, whoever is there.
     """
 
     parts: Sequence[tuple[int, Delta | None]]
 
     def linear(self, x: Tensor, y: Tensor) -> Tensor:
-        pieces = [
-            y if leaf is None else leaf.linear(x, y)
-            for x, y, (_, leaf) in zip(self._split(x), self._split(y), self.parts, strict=True)
-        ]
-        return torch.cat(pieces)
+        alike = self._alike()
+        learning = [place for place, (_, leaf) in enumerate(self.parts) if leaf is not None]
+        if len(alike) == 1:
+            [(rows, places)] = alike
+            # Nobody else learns, and they fill the batch from its front: it is as it has to be.
+            if places == learning == list(range(len(places))) and len(x) % rows == 0:
+                return y + self._product(x, rows, places).reshape(y.shape).to(y.dtype)
+        xs, changed = self._split(x), list(self._split(y))
+        for rows, places in alike:
+            entries = [xs[place] for place in places]
+            missing = len(x) // rows - len(places)
+            padded = torch.cat([*entries, x.new_zeros(missing * rows, *x.shape[1:])])
+            changes = self._product(padded, rows, places).to(y.dtype)
+            for place, change in zip(places, changes, strict=False):
+                changed[place] = changed[place] + change.reshape(changed[place].shape)
+        paired = {place for _, places in alike for place in places}
+        for place, (_, leaf) in enumerate(self.parts):
+            if leaf is not None and place not in paired:
+                changed[place] = leaf.linear(xs[place], changed[place])
+        return torch.cat(changed)
+
+    def _alike(self) -> list[tuple[int, list[int]]]:
+        """Rows and places of the parts that share a product, by what they have in common."""
+        found: dict[tuple[int, int], list[int]] = {}
+        for place, (rows, leaf) in enumerate(self.parts):
+            if isinstance(leaf, Leaf) and leaf.initial is None:
+                found.setdefault((rows, len(leaf.A)), []).append(place)
+        return [(rows, places) for (rows, _), places in found.items()]
+
+    def _product(self, x: Tensor, rows: int, places: Sequence[int]) -> Tensor:
+        """scale * B A x, [entries, rows * n, o], of x [entries * rows, ..., i]; 0 where there is no leaf."""
+        leaves = [leaf for place in places if isinstance(leaf := self.parts[place][1], Leaf)]
+        entries = len(x) // rows
+        a, b = leaves[0].A, leaves[0].B
+        missing = entries - len(leaves)
+        A = torch.stack([*(leaf.A for leaf in leaves), *[a.new_zeros(a.shape)] * missing])
+        B = torch.stack([*(leaf.B for leaf in leaves), *[b.new_zeros(b.shape)] * missing])
+        scales = a.new_tensor([*(leaf.scale for leaf in leaves), *[0.0] * missing])[:, None, None]
+        hidden = torch.bmm(x.to(a.dtype).reshape(entries, -1, x.shape[-1]), A.transpose(1, 2))
+        return torch.bmm(hidden, B.transpose(1, 2)) * scales
 
     def conv(self, x: Tensor, y: Tensor, layer: nn.Conv2d) -> Tensor:
         pieces = [
