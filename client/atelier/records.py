@@ -203,6 +203,9 @@ class BaseModel:
     num_parameters: int
     inpainting: bool = False
     quantization: str = ""
+    training_methods: tuple[str, ...] = ()
+    training_optimizers: tuple[str, ...] = ()
+    training_precisions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from atelier.v1 import adapter_pb2, generation_pb2, server_pb2
 from atelier_server.app import Application
-from atelier_server.core import SCHEDULERS
+from atelier_server.core import METHODS, SCHEDULERS
 from atelier_server.data_directory import DataDirectory
 from atelier_server.errors import StartError
 from tests.contract.harness import FAKE, Service, Start, import_requests, kinds, refused, running, settings
@@ -62,6 +62,8 @@ async def test_reflection_lists_the_services(service: Service) -> None:
 
 async def test_server_info(service: Service) -> None:
     info = await service.server.GetServerInfo(server_pb2.GetServerInfoRequest())
+    assert list(info.base_model.training_methods) == list(METHODS)
+    assert "fp16" in info.base_model.training_precisions
     assert info.ready
     assert (info.base_model.reference, info.base_model.native_width) == ("fake", 64)
     assert tuple(info.schedulers) == SCHEDULERS

@@ -23,6 +23,8 @@ def info(*, server: flags.Server = flags.DEFAULT_SERVER, json: flags.Json = Fals
         output.out(f"pictures {base.native_width} x {base.native_height}, scheduler {base.default_scheduler}")
         dtype = f"{device.dtype}{f' ({base.quantization} weights)' if base.quantization else ''}"
         output.out(f"device   {device.name} {dtype}, {device.description}")
+        ways = (base.training_methods, base.training_optimizers, base.training_precisions)
+        output.out(f"teaches  {'; '.join(', '.join(way) for way in ways if way) or 'nothing'}")
         output.out(f"slots    {slots.used} of {slots.total}: {', '.join(slots.adapters) or '-'}")
         quotas = {name: value for name, value in asdict(told.quotas).items() if value is not None}
         bounds = ", ".join(f"{name} {value}" for name, value in quotas.items())

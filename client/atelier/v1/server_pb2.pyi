@@ -162,6 +162,9 @@ class BaseModel(_message.Message):
     NUM_PARAMETERS_FIELD_NUMBER: _builtins.int
     INPAINTING_FIELD_NUMBER: _builtins.int
     QUANTIZATION_FIELD_NUMBER: _builtins.int
+    TRAINING_METHODS_FIELD_NUMBER: _builtins.int
+    TRAINING_OPTIMIZERS_FIELD_NUMBER: _builtins.int
+    TRAINING_PRECISIONS_FIELD_NUMBER: _builtins.int
     reference: _builtins.str
     """As given to `serve --model`."""
     family: _builtins.str
@@ -181,6 +184,16 @@ class BaseModel(_message.Message):
     """The base is an inpainting model: every picture needs `image` and `mask_image`."""
     quantization: _builtins.str
     """Of the U-Net's linear layers: int8, fp8, or empty. Another quantization is another base: its digest differs."""
+    @_builtins.property
+    def training_methods(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """How it can be taught here: what a TrainingRecipe's method, optimizer and mixed_precision may be. No method:
+        not at all.
+        """
+
+    @_builtins.property
+    def training_optimizers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def training_precisions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
@@ -195,10 +208,13 @@ class BaseModel(_message.Message):
         num_parameters: _builtins.int = ...,
         inpainting: _builtins.bool = ...,
         quantization: _builtins.str = ...,
+        training_methods: _abc.Iterable[_builtins.str] | None = ...,
+        training_optimizers: _abc.Iterable[_builtins.str] | None = ...,
+        training_precisions: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_scheduler", b"default_scheduler", "family", b"family", "inpainting", b"inpainting", "max_prompt_tokens", b"max_prompt_tokens", "native_height", b"native_height", "native_width", b"native_width", "num_parameters", b"num_parameters", "prediction_type", b"prediction_type", "quantization", b"quantization", "reference", b"reference", "sha256", b"sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_scheduler", b"default_scheduler", "family", b"family", "inpainting", b"inpainting", "max_prompt_tokens", b"max_prompt_tokens", "native_height", b"native_height", "native_width", b"native_width", "num_parameters", b"num_parameters", "prediction_type", b"prediction_type", "quantization", b"quantization", "reference", b"reference", "sha256", b"sha256", "training_methods", b"training_methods", "training_optimizers", b"training_optimizers", "training_precisions", b"training_precisions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -324,7 +324,12 @@ class Server(ServerServiceServicer):
             ready=self.script.ready,
             message="" if self.script.ready else "loading pocket",
             base_model=server_pb2.BaseModel(
-                reference="pocket", family="sd1", native_width=64, native_height=64
+                reference="pocket",
+                family="sd1",
+                native_width=64,
+                native_height=64,
+                training_methods=["lora", "pivotal"],
+                training_precisions=["no"],
             ),
             versions={"torch": "2.13.0"},
             schedulers=["ddim", "euler"],

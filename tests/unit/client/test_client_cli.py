@@ -237,7 +237,9 @@ def test_trainings(run: Callable[..., Result]) -> None:
 
 
 def test_info_exits_0_only_when_ready(run: Callable[..., Result], server: Any) -> None:
-    assert run("info").exit_code == 0
+    ready = run("info")
+    assert ready.exit_code == 0
+    assert "teaches  lora, pivotal; no\n" in ready.stdout
     server.script.ready = False
     done = run("info")
     assert done.exit_code == 1

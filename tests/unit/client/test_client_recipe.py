@@ -99,6 +99,16 @@ def test_the_sdk_takes_a_file_or_a_mapping(server: Any, folder: Path, tmp_path: 
     assert (second.name, second.learning_rate) == ("bolt", 1.0)
 
 
+async def test_the_async_sdk_takes_a_recipe_too(server: Any, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "otto.toml").write_text('name = "otto"\ninstance_prompt = "a sks"\nrank = 4\n')
+    async with atelier.AsyncClient(server.address) as client:
+        async for _ in client.train(folder=folder, recipe=tmp_path / "otto.toml", use_ema=True):
+            pass
+        assert (await client.pause_training("otto")).state is atelier.TrainingState.PAUSED
+    sent = server.script.uploads[-1][0].start.recipe
+    assert (sent.name, sent.rank, sent.use_ema) == ("otto", 4, True)
+
+
 def test_everything_wrong_with_a_file_is_told_with_its_line(
     run: Callable[..., Result], tmp_path: Path
 ) -> None:

@@ -173,6 +173,9 @@ def encode_info(status: WorkerStatus, limits: Limits) -> server_pb2.GetServerInf
                 num_parameters=base.num_parameters,
                 inpainting=base.inpainting,
                 quantization=base.quantization,
+                training_methods=base.training.methods,
+                training_optimizers=base.training.optimizers,
+                training_precisions=base.training.precisions,
             )
         )
         message.controlnets.extend(
