@@ -34,13 +34,19 @@ async def cancel(service: Service, training: str) -> None:
     await service.trainings.CancelTraining(training_pb2.CancelTrainingRequest(training=training))
 
 
+async def warned(stream: object, reason: str) -> str:
+    """What the next warning of that reason says."""
+    while (warning := (await until(stream, "warning")).warning).reason != reason:
+        pass
+    return warning.message
+
+
 async def test_a_paused_training_leaves_with_a_checkpoint_and_goes_on_from_it(service: Service) -> None:
     stream, training = await begin(service, instance_prompt="hold")
     await until(stream, "checkpoint")
     assert await pause(service, training) == PAUSED
     assert await pause(service, training) == PAUSED, "idempotent"
-    warning = (await until(stream, "warning")).warning
-    assert (warning.reason, "step 3" in warning.message) == ("PAUSED", True)
+    assert "step 3" in await warned(stream, "PAUSED")
     assert (await state(service, training)).state == PAUSED
     assert await resume(service, training) == QUEUED
     assert (await until(stream, "restarted")).restarted.reason == "RESUMED"
@@ -72,7 +78,7 @@ async def test_a_training_stays_paused_whoever_dies(tmp_path: Path) -> None:
         stream, training = await begin(service, instance_prompt="hold")
         await until(stream, "checkpoint")
         await pause(service, training)
-        await until(stream, "warning")
+        await warned(stream, "PAUSED")
         service.application.worker.kill()
         await service.until(2)
         await service.until_ready()
@@ -118,8 +124,7 @@ async def test_what_can_never_fit_is_refused_and_what_does_not_fit_now_waits(sta
 
 async def test_a_full_disk_pauses_a_training_and_loses_nothing(service: Service) -> None:
     stream, training = await begin(service, instance_prompt="disk-full-once")
-    warning = (await until(stream, "warning")).warning
-    assert warning.reason == "STORAGE_FULL"
+    assert "step 5" in await warned(stream, "STORAGE_FULL")
     found = await state(service, training)
     assert (found.state, found.step, found.reason) == (PAUSED, 5, "STORAGE_FULL")
     adapter = await service.adapters.GetAdapter(adapter_pb2.GetAdapterRequest(adapter="otto"))
@@ -173,7 +178,7 @@ async def test_what_is_tagged_or_needed_stays(service: Service) -> None:
     tag = adapter_pb2.TagAdapterRequest(adapter="otto@5", tag="production")
     await service.adapters.TagAdapter(tag)
     await pause(service, training)
-    await until(stream, "warning")
+    await warned(stream, "PAUSED")
     await resume(service, training)
     await until(stream, "completed")
     answer = await service.adapters.GetAdapter(adapter_pb2.GetAdapterRequest(adapter="otto"))
@@ -185,6 +190,6 @@ async def test_a_watcher_of_a_paused_training_waits(service: Service) -> None:
     await until(stream, "checkpoint")
     await pause(service, training)
     watcher = aiter(service.trainings.WatchTraining(watch_request(training)))
-    await until(watcher, "warning")
+    await warned(watcher, "PAUSED")
     await resume(service, training)
     await until(watcher, "completed")
