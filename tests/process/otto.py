@@ -3,7 +3,8 @@
     python -m tests.process.otto methods SHEET.webp        # a row a method, and how much like Otto it is
     python -m tests.process.otto overfitting SHEET.webp    # the report's recipe: checkpoints by prompts
 
-Likeness is `atelier.cli.similarity` against examples/otto-held-out: colours, no shapes.
+Likeness is against examples/otto-held-out: by colours (`atelier.cli.similarity`, which sees no shapes), and
+by the scorer that ships with the model (cosine of its embeddings).
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from PIL import Image
@@ -26,6 +26,8 @@ from atelier.events import CheckpointPublished
 from atelier.fields import GenerateFields
 from atelier.sheet import Layout, contact_sheet
 from atelier.transfer import read_folder
+from atelier_server import pocket
+from pocket.scorer import Scorer
 from tests.process.server import Server
 
 EXAMPLES = Path("examples/otto")
@@ -43,13 +45,11 @@ _COMMON: dict[str, Any] = {
     "train_batch_size": 4,
     "learning_rate": 1e-3,
     "lr_scheduler": "cosine",
-    "max_train_steps": 240,
-    "checkpointing_steps": 240,
+    "max_train_steps": 200,
+    "checkpointing_steps": 200,
 }
 METHODS: Mapping[str, dict[str, Any]] = {
     "lora": {},
-    "lora-text": {"train_text_encoder": True, "text_encoder_lr": 2e-4},
-    "dora": {"use_dora": True},
     "textual-inversion": {**_NEW_WORD, "method": "textual_inversion"},
     "pivotal": {**_NEW_WORD, "method": "pivotal"},
     "dreambooth": {"method": "dreambooth", "learning_rate": 2e-4, "rank": 16},
@@ -60,6 +60,8 @@ METHODS: Mapping[str, dict[str, Any]] = {
         "learning_rate": 2e-4,
         "rank": 16,
     },
+    "lora-text": {"train_text_encoder": True, "text_encoder_lr": 2e-4},
+    "dora": {"use_dora": True},
 }
 # The report's recipe, scaled to the embedded model: 15 pictures with one caption, batches of one, tokens for
 # the first half of 1,500 steps, LoRA for the second.
@@ -94,18 +96,37 @@ def paint(client: Client, wanted: Sequence[tuple[str, str, int]]) -> list[bytes]
     """Of (prompt, adapter or "", seed), all at once."""
 
     def one(prompt: str, adapter: str, seed: int) -> bytes:
-        adapters = [adapter] if adapter else []
-        return client.generate(prompt, adapters=adapters, seed=seed, **PAINTING).images[0].data
+        fields: GenerateFields = {**PAINTING, "seed": seed}
+        return client.generate(prompt, adapters=[adapter] if adapter else [], **fields).images[0].data
 
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(lambda each: one(*each), wanted))
 
 
-def looked_at(client: Client, adapter: str, subject: str) -> tuple[float, list[bytes]]:
-    """The mean likeness over SCENES and SEEDS, and the pictures."""
+@dataclass(frozen=True)
+class Likeness:
+    """Means over all pictures and references: `colours` 0 to 1, `scorer` -1 to 1."""
+
+    colours: float
+    scorer: float
+
+    def __str__(self) -> str:
+        return f"colours {self.colours:.3f}, scorer {self.scorer:.3f}"
+
+    @classmethod
+    def of(cls, painted: Sequence[bytes]) -> Likeness:
+        scorer = Scorer(pocket.path() / "scorer")
+        pictures, held_out = ([_opened(data) for data in some] for some in (painted, references()))
+        return cls(
+            similarity(painted, references()), float(scorer.image_similarity(pictures, held_out).mean())
+        )
+
+
+def looked_at(client: Client, adapter: str, subject: str) -> tuple[Likeness, list[bytes]]:
+    """Over SCENES and SEEDS; and the pictures."""
     wanted = [(scene.format(subject), adapter, seed) for scene in SCENES for seed in SEEDS]
     painted = paint(client, wanted)
-    return similarity(painted, references()), painted
+    return Likeness.of(painted), painted
 
 
 def references() -> list[bytes]:
@@ -116,13 +137,14 @@ def methods_sheet(client: Client) -> Image.Image:
     rows, labels = [], []
     before, painted = looked_at(client, "", PLAIN)
     rows.append(painted)
-    labels.append(f"the base model ({before:.2f})")
+    labels.append(f"base model ({before.colours:.2f})")
+    print(f"base: {before}", flush=True)
     for name, recipe in METHODS.items():
         [adapter] = teach(client, name, recipe)
         after, painted = looked_at(client, adapter, SUBJECT)
-        print(f"{name}: {before:.3f} -> {after:.3f}", flush=True)
+        print(f"{name}: {after}", flush=True)
         rows.append(painted)
-        labels.append(f"{name} ({after:.2f})")
+        labels.append(f"{name} ({after.colours:.2f})")
     heads = [scene.format("...") for scene in SCENES for _ in SEEDS]
     return contact_sheet(rows, row_labels=labels, column_labels=heads, layout=_SMALL)
 
@@ -136,10 +158,13 @@ def overfitting_sheet(client: Client) -> Image.Image:
             rows.append(paint(client, [(prompt.format(subject), a, seed) for a, subject in columns]))
             labels.append(prompt.format("..."))
     for place, (adapter, _) in enumerate(columns):
-        likeness = fmean(similarity([row[place]], references()) for row in rows[2:])
-        print(f"{adapter or 'base'}: {likeness:.3f}", flush=True)
+        print(f"{adapter or 'base'}: {Likeness.of([row[place] for row in rows[2:]])}", flush=True)
     heads = ["base model", *(adapter for adapter in checkpoints)]
     return contact_sheet(rows, row_labels=labels, column_labels=heads, layout=_SMALL)
+
+
+def _opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 _SMALL = Layout(cell=112, gap=4, margin=12, label_size=13)
