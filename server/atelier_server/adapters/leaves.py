@@ -34,7 +34,11 @@ class Leaf:
     initial: Pair | None = None
 
     def linear(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + self.linear_change(x).to(y.dtype)
+        if self.initial is not None or not x.dtype == y.dtype == self.A.dtype:
+            return y + self.linear_change(x).to(y.dtype)
+        # The same in two products, with the sum and the scale in the second.
+        hidden = F.linear(x, self.A).flatten(0, -2)
+        return torch.addmm(y.flatten(0, -2), hidden, self.B.t(), alpha=self.scale).view_as(y)
 
     def conv(self, x: Tensor, y: Tensor, layer: nn.Conv2d) -> Tensor:
         return y + self.conv_change(x, layer).to(y.dtype)
