@@ -129,8 +129,9 @@ class TrainingRuns:
         if isinstance(event, TrainingStarted):
             run.started, run.step = True, event.from_step
         run.flush()
-        ends = isinstance(event, TrainingPaused | TrainingCompleted | JobFailed)
-        self.lane.put(partial(self._write, run, event), tries=None if ends else TRIES)
+        # A class picture that is lost would be painted, and lost, again.
+        waits = isinstance(event, ClassImageReady | TrainingPaused | TrainingCompleted | JobFailed)
+        self.lane.put(partial(self._write, run, event), tries=None if waits else TRIES)
 
     def worker_ready(self) -> None:
         self.lane.put(self._open)
