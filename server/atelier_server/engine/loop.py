@@ -110,11 +110,7 @@ class Loop:
         self.trainings = Trainings(
             emit=emit,
             samples=self.samples,
-            steps=TrainingSteps(
-                runner,
-                out_of_memory=partial(self._failures.out_of_memory, phase="train"),
-                crowded=self.scheduler.shrink_training,
-            ),
+            steps=TrainingSteps(runner, self._failures, self.scheduler.shrink_training),
             failure=self._failures.of_training,
             resting=self.scheduler.remove_training,
         )

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from atelier_server.engine.failures import Failures
 from atelier_server.engine.runner import Runner, TrainingRun, TrainOutcome
-from atelier_server.errors import OutOfMemory
 
 
 class TrainingSteps:
-    """`out_of_memory` tells that error from others and frees what can be freed; `crowded` is told of too many
-    trainings at once.
-    """
+    """`crowded` is told of too many trainings at once."""
 
-    def __init__(
-        self,
-        runner: Runner,
-        *,
-        out_of_memory: Callable[[Exception], OutOfMemory | None],
-        crowded: Callable[[Sequence[str]], None],
-    ) -> None:
+    def __init__(self, runner: Runner, failures: Failures, crowded: Callable[[Sequence[str]], None]) -> None:
         self._runner = runner
-        self._out_of_memory = out_of_memory
+        self._failures = failures
         self._crowded = crowded
 
     def take(self, runs: Sequence[tuple[str, TrainingRun]]) -> list[TrainOutcome]:
@@ -33,7 +25,7 @@ class TrainingSteps:
         except Exception as error:
             if len(runs) == 1:
                 return [error]
-            if self._out_of_memory(error) is not None:
+            if self._failures.out_of_memory(error, "train") is not None:
                 self._crowded([training for training, _ in runs])
         half = (len(runs) + 1) // 2
         return [*self.take(runs[:half]), *self.take(runs[half:])]

@@ -14,10 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from atelier_server.core import State
+from atelier_server.core import State, TrainingImage, TrainingJob
 from atelier_server.errors import ServerDraining, TrainingNotFound, by_reason
 from atelier_server.jobs.book import Book
-from atelier_server.jobs.records import Completed, LoggedEvent, Payload, Sampled
+from atelier_server.jobs.records import Completed, LoggedEvent, Payload, Sampled, TrainingRecord
 
 _PAGE = 100
 # What users sent, and what was painted of the class to go with it.
@@ -56,6 +56,24 @@ class TrainingLog:
         """Removes a training's folder with all that is in it. Idempotent; OSError if some of it stays."""
         with suppress(FileNotFoundError):
             shutil.rmtree(self.folder(training))
+
+    async def job(self, record: TrainingRecord, resume_step: int) -> TrainingJob:
+        """A training for the worker, to go on from a checkpoint, with all that has been painted for it."""
+        images = self.folder(record.id) / "images"
+        sampled = await self.book.do(self.book.events_of, record.id, "sample")
+        return TrainingJob(
+            id=record.id,
+            name=record.adapter,
+            version=record.version,
+            recipe=record.recipe,
+            images=tuple(TrainingImage(str(images / p.file), p.caption) for p in record.images),
+            resume_step=resume_step,
+            sampled=frozenset(
+                (e.payload.step, e.payload.index) for e in sampled if isinstance(e.payload, Sampled)
+            ),
+            class_images=await self.class_images(record.id),
+            bases=str(self.bases_folder(record.id)),
+        )
 
     def bases_folder(self, training: str) -> Path:
         """Where the worker keeps full weights, a folder a step."""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 
 from atelier_server.adapters.store import AdapterStore
-from atelier_server.core import State, TrainingImage, TrainingJob
+from atelier_server.core import State
 from atelier_server.errors import AtelierError, CrashLoop, StorageFull
 from atelier_server.jobs.checkpoints import Checkpoints
 from atelier_server.jobs.lane import TRIES, Lane
@@ -21,7 +21,6 @@ from atelier_server.jobs.records import (
     Completed,
     Progressed,
     Restarted,
-    Sampled,
     TrainingRecord,
     Warned,
 )
@@ -305,21 +304,7 @@ class TrainingRuns:
         if record.interruption:
             restarted = Restarted(run.step, record.interruption)
             await self._log.append(run.id, restarted, step=run.step, interruption="")
-        images = self._log.folder(run.id) / "images"
-        sampled = await self._book.do(self._book.events_of, run.id, "sample")
-        job = TrainingJob(
-            id=run.id,
-            name=run.adapter,
-            version=run.version,
-            recipe=record.recipe,
-            images=tuple(TrainingImage(str(images / p.file), p.caption) for p in record.images),
-            resume_step=run.step,
-            sampled=frozenset(
-                (e.payload.step, e.payload.index) for e in sampled if isinstance(e.payload, Sampled)
-            ),
-            class_images=await self._log.class_images(run.id),
-            bases=str(self._log.bases_folder(run.id)),
-        )
+        job = await self._log.job(record, run.step)
         run.submitted = True
         self._send(Submit(job, run.origin))
 
