@@ -57,7 +57,7 @@ def _check_method(checks: Checks, recipe: Recipe, base: BaseInfo) -> None:
     if recipe.mixed_precision in PRECISIONS and recipe.mixed_precision not in can.precisions:
         checks.refuse(
             "recipe.mixed_precision",
-            f"{shown(recipe.mixed_precision)} is nothing that {base.device} trains in; "
+            f"{shown(recipe.mixed_precision)} is none that {base.dtype} weights have on {base.device}: "
             f"there is {', '.join(can.precisions)}",
         )
     for field in can.unheeded:
