@@ -31,6 +31,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "pivotal": {**PIVOTAL, "use_dora": True},
     "pivotal with text": {**PIVOTAL, "train_text_encoder": True, "init_lora_weights": "olora"},
 }
+# Everything else that moves.
+KNOBS: dict[str, Any] = {
+    "optimizer": "prodigy",
+    "use_ema": True,
+    "noise_offset": 0.1,
+    "random_flip": True,
+    "cache_latents": False,
+    "random_crop": True,
+    "validation_split": 0.3,
+    "snr_gamma": 5.0,
+    "gradient_accumulation_steps": 2,
+}
 STEPS = 6
 
 
@@ -44,10 +56,11 @@ def bits(adapter: CanonicalAdapter) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "knobs"])
 def test_a_training_that_is_killed_goes_on_to_the_same_bits(studio: Studio, method: str) -> None:
     """At a random step of each phase; what it did after its last checkpoint is lost."""
-    recipe = {"max_train_steps": STEPS, **METHODS[method], "batch_bucket": 4}
+    own = KNOBS if method == "knobs" else METHODS[method]
+    recipe = {"max_train_steps": STEPS, **own, "batch_bucket": 4}
     straight = studio.trainer(**recipe, version=1)
     reports = take(straight, STEPS)
     chance = random.Random(method)
