@@ -9,13 +9,11 @@ from pathlib import Path
 
 import torch
 
-from pocket.classifier import load_classifier
 from pocket.examples import write_examples
 from pocket.finetune import METHODS, before_and_after
-from pocket.labels import classes_of
 from pocket.peers import joined, rank, wait
 from pocket.stages import STAGES, Plan
-from pocket.world import SMALL, write_sheet
+from pocket.world import write_sheet
 
 
 def main() -> None:
@@ -57,7 +55,6 @@ def _stage(arguments: argparse.Namespace) -> None:
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
-    judge: Path | None = arguments.classifier
     figures = before_and_after(
         arguments.model,
         arguments.method,
@@ -65,7 +62,6 @@ def _finetune(arguments: argparse.Namespace) -> None:
         output=arguments.output,
         steps=arguments.steps,
         learning_rate=arguments.learning_rate,
-        classifier=load_classifier(judge, classes_of(SMALL)) if judge else None,
     )
     _tell(figures, arguments.json)
 
@@ -105,9 +101,6 @@ def _parser() -> argparse.ArgumentParser:
     finetune.add_argument("--output", type=Path, default=Path("build/pocket/finetune"))
     finetune.add_argument("--steps", type=int, default=400)
     finetune.add_argument("--learning-rate", type=float, help="instead of the method's own")
-    finetune.add_argument(
-        "--classifier", type=Path, help="WORK/classifier: also say what is left of the styles"
-    )
     finetune.add_argument("--json", action="store_true", help="print the figures as JSON")
     return parser
 

@@ -5,10 +5,7 @@ It shares nothing with the scorer, so it cannot share its blind spots.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetModel
 
@@ -18,7 +15,6 @@ from pocket.training import Losses, autocast, device
 from pocket.vae import as_tensor, moved
 
 GATE = 0.95
-_WEIGHTS = "classifier.safetensors"
 _WIDTHS = (32, 64, 128, 256)
 
 
@@ -43,19 +39,6 @@ class Classifier(nn.Module):
         """Pictures [b, 3, 64, 64] in -1..1 -> [b, d]."""
         pooled: Tensor = self.backbone(pixels).pooler_output
         return pooled.flatten(1)
-
-
-def save_classifier(classifier: Classifier, folder: Path) -> None:
-    """Writes `folder`/classifier.safetensors."""
-    weights = {name: value.contiguous() for name, value in classifier.state_dict().items()}
-    save_file(weights, folder / _WEIGHTS)
-
-
-def load_classifier(folder: Path, classes: Classes) -> Classifier:
-    """What save_classifier wrote."""
-    classifier = Classifier(classes)
-    classifier.load_state_dict(load_file(folder / _WEIGHTS))
-    return classifier.eval()
 
 
 class ClassifierTask:

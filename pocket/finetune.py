@@ -18,7 +18,6 @@ from peft import LoraConfig
 from PIL import Image
 from torch import Tensor, nn
 
-from pocket.classifier import Classifier
 from pocket.data import Pixels
 from pocket.painting import load_pipeline, paint, sheet
 from pocket.scorer import Scorer
@@ -47,7 +46,7 @@ STYLE_PROMPTS = {
     "pixel art": "pixel art of a {}",
     "neon": "a neon sign of a {}",
 }
-_STYLE_SEEDS = SEEDS[:4]
+STYLE_SEEDS = SEEDS[:4]
 _KNOWN, _RARE = "octopus", "sks"
 
 
@@ -199,18 +198,18 @@ def likeness(
 
 
 def styles_kept(
-    pipeline: StableDiffusionPipeline, name: str, classifier: Classifier
+    pipeline: StableDiffusionPipeline, name: str, scorer: Scorer
 ) -> tuple[dict[str, float], Pixels]:
-    """By style, the share of its pictures of `name` in which the classifier finds it; and all pictures."""
-    prompts = [prompt.format(name) for prompt in STYLE_PROMPTS.values() for _ in _STYLE_SEEDS]
-    seeds = list(_STYLE_SEEDS) * len(STYLE_PROMPTS)
+    """By style, the share of its pictures of `name` whose nearest caption is its own, of captions that say
+    a blue octopus in each style or in none; and all pictures."""
+    prompts = [prompt.format(name) for prompt in STYLE_PROMPTS.values() for _ in STYLE_SEEDS]
+    seeds = list(STYLE_SEEDS) * len(STYLE_PROMPTS)
     painted = paint(pipeline, prompts, seeds, steps=STEPS, guidance=GUIDANCE)
-    known = classifier.classes["style"]
-    with torch.no_grad():
-        answered = classifier.heads["style"](classifier.embed(as_tensor(painted).to(device()))).argmax(1)
-    found = np.split(np.array([known[number] for number in answered.tolist()]), len(STYLE_PROMPTS))
-    kept = {style: float((part == style).mean()) for style, part in zip(STYLE_PROMPTS, found, strict=True)}
-    return kept, painted
+    plain = [prompt.format("blue octopus") for prompt in (*STYLE_PROMPTS.values(), "a {}")]
+    images = scorer.embed_images([Image.fromarray(pixels) for pixels in painted])
+    nearest = (images @ scorer.embed_texts(plain).T).argmax(1).reshape(len(STYLE_PROMPTS), -1)
+    hits = (nearest == torch.arange(len(STYLE_PROMPTS))[:, None]).float().mean(1)
+    return dict(zip(STYLE_PROMPTS, hits.tolist(), strict=True)), painted
 
 
 def before_and_after(
@@ -221,13 +220,12 @@ def before_and_after(
     output: Path,
     steps: int,
     learning_rate: float | None = None,
-    classifier: Classifier | None = None,
 ) -> dict[str, object]:
     """Teaches `model` Otto and writes `output`/METHOD-STEPS.png: PROMPTS before (their rare word plain) and
-    after; with a classifier also METHOD-STEPS-styles.png.
+    after; and METHOD-STEPS-styles.png: STYLE_PROMPTS before and after.
 
-    Returns the likeness to the held-out pictures by prompt, the seconds that teaching took and what is left
-    of the styles.
+    Returns the likeness to the held-out pictures by prompt, the seconds (and those of the processor) that
+    teaching took, and what is left of the styles.
     """
     output.mkdir(parents=True, exist_ok=True)
     pipeline, scorer = load_pipeline(model), Scorer(model / "scorer")
@@ -235,29 +233,32 @@ def before_and_after(
     references = held_out(examples / "otto-held-out")
     plain = [prompt.format("blue octopus") for prompt in PROMPTS]
     before = likeness(pipeline, plain, references, scorer)
+    styled_before, styles_before = styles_kept(pipeline, "blue octopus", scorer)
     inversion = method == "textual-inversion"
     name = f"<{_RARE}> blue plush octopus" if inversion else f"{_RARE} blue plush octopus"
-    start = time.perf_counter()
+    start, worked = time.perf_counter(), time.process_time()
     subject = with_new_word(subject) if inversion else subject
     losses = teach(pipeline, subject, method, steps=steps, learning_rate=learning_rate)
-    seconds = time.perf_counter() - start
+    seconds, worked = time.perf_counter() - start, time.process_time() - worked
     after = likeness(pipeline, [prompt.format(name) for prompt in PROMPTS], references, scorer)
     pairs = zip(np.split(before.pixels, len(PROMPTS)), np.split(after.pixels, len(PROMPTS)), strict=True)
     sheet(np.concatenate([row for pair in pairs for row in pair])).save(output / f"{method}-{steps}.png")
-    figures: dict[str, object] = {
+    styled, styles = styles_kept(pipeline, name, scorer)
+    both = sheet(np.concatenate([styles_before, styles]), columns=len(styles), side=64)
+    both.save(output / f"{method}-{steps}-styles.png")
+    return {
         "method": method,
         "steps": steps,
         "learning_rate": learning_rate or _RATES[method],
         "seconds": seconds,
+        "processor_seconds": worked,
         "loss": float(np.mean(losses[-50:])),
         "colors": _by_prompt(before.colors, after.colors),
         "scorer": _by_prompt(before.scores, after.scores),
+        "styles_kept": {
+            style: {"before": first, "after": styled[style]} for style, first in styled_before.items()
+        },
     }
-    if classifier is not None:
-        kept, painted = styles_kept(pipeline, name, classifier)
-        sheet(painted).save(output / f"{method}-{steps}-styles.png")
-        figures["styles_kept"] = kept
-    return figures
 
 
 def _by_prompt(before: Sequence[float], after: Sequence[float]) -> dict[str, dict[str, float]]:

@@ -229,6 +229,4 @@ def _warm_vae(base: Path) -> AutoencoderKL:
 def _classifier(plan: Plan, pictures: PictureSet, report: Report) -> Classifier:
     judging = Classifier(classes_of(PARTS[plan.part]))
     Trainer(ClassifierTask(judging, pictures), plan.work / "classifier", plan.budget(2e-3), report).run()
-    if rank() == 0:
-        judge.save_classifier(judging, plan.work / "classifier")
     return judging

@@ -15,11 +15,8 @@ from torch import Tensor
 import atelier_server.pocket
 from pocket import finetune
 from pocket.__main__ import main
-from pocket.classifier import Classifier, save_classifier
 from pocket.finetune import METHODS, load_subject, teach, with_new_word
-from pocket.labels import classes_of
 from pocket.painting import load_pipeline
-from pocket.world import SMALL
 
 BASE = atelier_server.pocket.path()
 EXAMPLES = Path(__file__).parents[3] / "examples"
@@ -67,11 +64,10 @@ def test_the_command_compares_before_and_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(finetune, "SEEDS", (1,))
-    monkeypatch.setattr(finetune, "_STYLE_SEEDS", (1,))
+    monkeypatch.setattr(finetune, "STYLE_SEEDS", (1,))
     monkeypatch.setattr(finetune, "STEPS", 2)
     words = ["finetune", "textual-inversion", "--steps", "1", "--output", str(tmp_path), "--json"]
-    save_classifier(Classifier(classes_of(SMALL)), tmp_path)
-    words += ["--examples", str(EXAMPLES), "--model", str(BASE), "--classifier", str(tmp_path)]
+    words += ["--examples", str(EXAMPLES), "--model", str(BASE)]
     monkeypatch.setattr(sys, "argv", ["pocket", *words])
     main()
     figures = json.loads(capsys.readouterr().out)
