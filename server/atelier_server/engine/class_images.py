@@ -70,11 +70,13 @@ class ClassImages:
             self._emit(TrainingPaused(job.id, job.resume_step))
         return job.id
 
-    def forget(self, training_id: str) -> None:
-        """Cancels those of a training."""
+    def forget(self, training_id: str) -> int:
+        """Cancels those of a training; the step that it would have gone on from."""
+        step = 0
         for name in [name for name, image in self._open.items() if image.job.id == training_id]:
-            del self._open[name]
+            step = self._open.pop(name).job.resume_step
             self._unpaint(name)
+        return step
 
     def drain(self) -> None:
         for training_id in {image.job.id for image in self._open.values()}:

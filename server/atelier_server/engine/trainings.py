@@ -214,16 +214,15 @@ class Trainings:
         if training := self.live.get(training_id):
             self._or_stop(training, self._cancel)
         else:
-            self._samples.class_images.forget(training_id)
-            self._emit(TrainingCompleted(training_id, State.CANCELLED, 0, 0.0))
+            step = self._samples.class_images.forget(training_id)
+            self._emit(TrainingCompleted(training_id, State.CANCELLED, step, 0.0))
 
     def pause(self, training_id: str) -> None:
         """Keeps what was learned so far, and frees the device of the training."""
         if training := self.live.get(training_id):
             self._or_stop(training, self._keep_and_pause)
         else:
-            self._samples.class_images.forget(training_id)
-            self._emit(TrainingPaused(training_id, 0))
+            self._emit(TrainingPaused(training_id, self._samples.class_images.forget(training_id)))
 
     def _cancel(self, training: Training) -> None:
         self._keep(training)

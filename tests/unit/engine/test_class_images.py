@@ -67,10 +67,10 @@ def test_they_are_the_bases_own_of_seeds_of_their_own() -> None:
 
 def test_a_cancelled_or_paused_one_paints_no_more() -> None:
     for command, end in (
-        (Cancel("otto-1"), TrainingCompleted("otto-1", State.CANCELLED, 0, 0.0)),
-        (Pause("otto-1"), TrainingPaused("otto-1", 0)),
+        (Cancel("otto-1"), TrainingCompleted("otto-1", State.CANCELLED, 1, 0.0)),
+        (Pause("otto-1"), TrainingPaused("otto-1", 1)),
     ):
-        desk = Desk().send(Submit(taught()))
+        desk = Desk().send(Submit(replace(taught(), resume_step=1)))
         desk.loop.turn()
         assert desk.loop.trainings.has("otto-1")
         desk = turned(desk.send(command), type(end))
