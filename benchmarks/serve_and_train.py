@@ -73,9 +73,14 @@ class Steps:
         return by(end) - by(begin)
 
     def intervals(self, begin: float, end: float) -> list[float]:
-        """Seconds between one step and the next."""
-        times = [told for told, _ in self._told if begin <= told <= end]
-        return [after - before for before, after in pairwise(times)]
+        """Seconds between one step and the next; one that begins within the time is waited for."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.error or self._told[-1][0] > end, timeout=300):
+                raise TimeoutError("no step was told in five minutes")
+        if self.error:
+            raise self.error
+        times = [told for told, _ in self._told if told >= begin]
+        return [after - before for before, after in pairwise(times) if before <= end]
 
 
 Work = Callable[[], AbstractContextManager[Steps]]

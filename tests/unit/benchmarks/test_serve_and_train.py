@@ -17,7 +17,7 @@ def test_steps_within_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     steps.wait()
     assert steps.done(2.0, 8.0) == 2
     assert steps.done(0.0, 10.0) == 6
-    assert steps.intervals(1.5, 8.0) == [1.5]
+    assert steps.intervals(1.5, 8.0) == [1.5, 5.5]
 
 
 def test_what_failed_is_raised() -> None:
