@@ -40,6 +40,7 @@ from pocket.vae import (
 
 Figures = dict[str, object]
 _PEER: Figures = {"gate": True}  # of a process that only helps to train
+_ASKED = 512  # pictures that the scorer is asked about: each stands beside every answer
 _HELD_OUT = 900_000  # added to a seed: worlds that no training sees
 
 
@@ -67,7 +68,7 @@ class Plan:
         return self.drawn(SetRecipe(self.part, self.seed + _HELD_OUT, self.held_out))
 
     def drawn(self, recipe: SetRecipe) -> PictureSet:
-        """A set in the work folder; process 0 draws it if it is missing."""
+        """A set in the work folder; process 0 draws it if it is missing; every process must ask."""
         if rank() == 0:
             picture_set(recipe, self.work / "sets", self.workers)
         wait()
@@ -100,7 +101,7 @@ def make_vae(plan: Plan, report: Report) -> Figures:
     """The VAE in WORK/vae, taught by the whole world whatever part the U-Net is taught. Warm: the base's,
     widened if it is narrower, and wholly or only its decoder."""
     recipe = SetRecipe("whole", plan.seed - 1, max(64, plan.pictures // 4), 128)
-    pixels = plan.drawn(recipe).pixels
+    pixels, held_out = plan.drawn(recipe).pixels, plan.unseen_set().pixels
     taught = build_vae() if plan.base is None else _warm_vae(plan.base)
     task = VaeTask(taught, pixels, encoder_rate=0.0 if plan.decoder_only else 1.0)
     Trainer(task, plan.work / "vae", plan.budget(1.2e-3), report).run()
@@ -109,7 +110,7 @@ def make_vae(plan: Plan, report: Report) -> Figures:
     if not plan.decoder_only:
         set_scaling_factor(taught, pixels[:512, ::2, ::2])
     taught.save_pretrained(plan.work / "vae" / "vae")
-    unseen = as_tensor(plan.unseen_set().pixels)
+    unseen = as_tensor(held_out)
     value = decibels(unseen, reconstructed(taught, unseen))
     return {"db": value, "gate": value >= vae.GATE_DB}
 
@@ -142,7 +143,7 @@ def make_unet(plan: Plan, report: Report) -> Figures:
 def make_scorer(plan: Plan, report: Report) -> Figures:
     """The scorer in the model's folder, WORK/model/scorer, or in WORK/scorer where only the base has a model.
     Its text half begins at the text encoder of that model."""
-    pictures, model = plan.training_set(), _made_model(plan)
+    pictures, unseen, model = plan.training_set(), plan.unseen_set(), _made_model(plan)
     tokenizer, text_encoder = load_text(model)
     classes = classes_of(PARTS[plan.part])
     towers = Towers(build_clip(tokenizer, like=text_encoder), classes)
@@ -152,8 +153,8 @@ def make_scorer(plan: Plan, report: Report) -> Figures:
         return _PEER
     home = _scorer_home(plan)
     save_scorer(towers.clip, tokenizer, home)
-    unseen = first(plan.unseen_set(), 512)
-    scores = {question: share for question, (share, _) in zero_shot(Scorer(home), unseen, classes).items()}
+    asked = zero_shot(Scorer(home), first(unseen, _ASKED), classes)
+    scores = {question: share for question, (share, _) in asked.items()}
     return {"scores": scores, "size_mb": size_mb(home), "gate": min(scores.values()) >= scorer.GATE}
 
 

@@ -201,15 +201,15 @@ def test_the_classifier_learns(tiny_set: PictureSet, tmp_path: Path) -> None:
 
 
 def test_two_processes_train_one_network(tmp_path: Path) -> None:
-    words = "text --minutes 9 --max-steps 2 --pictures 140 --held-out 4 --below-gate --json --work"
+    words = "--minutes 9 --max-steps 2 --pictures 140 --held-out 4 --below-gate --json --work"
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    command = (*launcher, "-m", "pocket", *words.split(), str(tmp_path))
+    command = (*launcher, "-m", "pocket", "scorer", "--from", str(BASE), *words.split(), str(tmp_path))
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["gate"] is False
-    with safe_open(tmp_path / "text" / "state.safetensors", "pt") as state:
+    with safe_open(tmp_path / "scoring" / "state.safetensors", "pt") as state:
         assert json.loads(state.metadata()["progress"])["step"] == 2
-    assert (tmp_path / "text" / "clip" / "model.safetensors").exists()
+    assert (tmp_path / "scorer" / "model.safetensors").exists()
 
 
 def test_gradients_are_averaged_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
