@@ -49,8 +49,8 @@ def optimizer_of(parts: Sequence[Part], recipe: Recipe, device: torch.device) ->
         bitsandbytes = importlib.import_module("bitsandbytes")  # only where it is asked for: it is large
         made: Optimizer = bitsandbytes.optim.AdamW8bit(groups, **common)
         return made
-    # One pass over each tensor, and not one a term of the formula: where adapters are small, most of a step.
-    return AdamW(groups, **common, fused=True)
+    # Not `fused`: on a CPU it reads a gradient that lies transposed, as that of B does, in the wrong order.
+    return AdamW(groups, **common)
 
 
 def _prodigy(parts: Sequence[Part], groups: list[dict[str, Any]], common: dict[str, Any]) -> Optimizer:

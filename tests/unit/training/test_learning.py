@@ -68,7 +68,7 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], tuple[float, float], Make]] = {
     "adamw": (
         {"adam_weight_decay": 0.1, "adam_beta2": 0.95},
         (1e-2, 3e-2),
-        lambda groups: torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, fused=True),
+        lambda groups: torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1),
     ),
     "prodigy": (
         {"learning_rate": 1.0},
