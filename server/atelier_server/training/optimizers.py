@@ -68,11 +68,15 @@ def _prodigy(parts: Sequence[Part], groups: list[dict[str, Any]], common: dict[s
 
 def schedule_of(optimizer: Optimizer, recipe: Recipe, steps: int) -> LambdaLR:
     """diffusers' schedule over so many steps. Raises InvalidRequest for one that cannot be."""
+    warmup = recipe.lr_warmup_steps
+    if recipe.lr_scheduler == "polynomial":
+        # Without a step after the warm-up it divides by zero, as in a phase that is shorter than the recipe.
+        warmup, steps = min(warmup, max(steps, 1) - 1), max(steps, 1)
     try:
         schedule: LambdaLR = get_scheduler(
             recipe.lr_scheduler,
             optimizer,
-            num_warmup_steps=recipe.lr_warmup_steps,
+            num_warmup_steps=warmup,
             num_training_steps=steps,
             num_cycles=recipe.lr_num_cycles,
             power=recipe.lr_power,

@@ -234,3 +234,12 @@ def test_8_bit_adamw_is_refused_where_it_is_not() -> None:
 def test_a_schedule_that_cannot_be_is_named() -> None:
     with pytest.raises(InvalidRequest, match=r"recipe\.lr_scheduler"):
         Learning(parts_of(parameters(), (1e-9, 1e-9)), recipe(lr_scheduler="polynomial"), STEPS, device=CPU)
+
+
+def test_a_polynomial_schedule_may_be_shorter_than_its_warm_up() -> None:
+    """As the first phase of `pivotal` may be: diffusers' schedule would divide by zero."""
+    own = parameters()
+    asked = recipe(lr_scheduler="polynomial", lr_warmup_steps=8)
+    learning = Learning(parts_of(own, (1e-2, 1e-2)), asked, 4, device=CPU)
+    learned(learning, own, range(4))
+    assert 0.0 <= learning.rate < 1e-2
