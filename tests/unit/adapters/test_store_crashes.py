@@ -105,9 +105,12 @@ def test_a_publisher_killed_at_every_point(place: Place) -> None:
     publish_two_files(store, _CUTS[-1])  # the same, once more
     check_whole(place.open("reader"), visible=True)
     late = place.open("late", grace=0.0)
-    late.trash.collect(3600)  # what nobody names goes when it is old
+    late.trash.collect(3600)  # what nobody names, and what the older checkpoint's training needed
     assert len(keys(store, "blobs")) == 4
-    check_whole(late, visible=True)
+    assert late.file(CheckpointId("otto", 1, 100)).read_bytes() == b"one hundred"
+    with late.checkout(CheckpointId("otto", 1, 200)) as folder:
+        assert sorted(path.name for path in folder.iterdir()) == [ADAPTER_FILE, "training-state.json"]
+    assert not any(version.damaged for version in late.versions())
 
 
 def test_an_importer_killed_at_every_point(place: Place) -> None:
