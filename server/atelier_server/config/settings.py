@@ -116,7 +116,7 @@ class Settings(BaseModel):
         default=2 * 2**30, ge=0, description="adapters kept in host memory, ready for a slot"
     )
     training_share: float = Field(
-        default=0.5, ge=0, le=0.95, description="of the device's time, while pictures are wanted too"
+        default=0.25, ge=0, le=0.95, description="of the device's time, while pictures are wanted too"
     )
     max_running_trainings: int = Field(default=16, ge=1, description="on the device at once; others wait")
     threads: int = Field(default=0, ge=0, description="CPU threads of the worker; 0 = one a core")

@@ -17,7 +17,7 @@ from atelier_server.engine.residency import Residency
 from atelier_server.engine.shares import HEAVIEST, WEIGHTS, Shares
 from atelier_server.engine.training_share import TrainingShare
 
-DEFAULT_TRAINING_SHARE = 0.5
+DEFAULT_TRAINING_SHARE = 0.25
 
 
 @dataclass(slots=True, eq=False)

@@ -34,7 +34,7 @@ class WorkerSettings:
     controlnets: tuple[tuple[str, str], ...] = ()
     quantize: Literal["", "int8", "fp8"] = ""
     offload: tuple[str, ...] = ()
-    training_share: float = 0.5
+    training_share: float = 0.25
 
 
 @dataclass(frozen=True, slots=True)
