@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ from atelier_server.diffusion.images import encode_picture
 from benchmarks.bases import peer_pipeline
 
 Events = asyncio.Queue[generation_pb2.GenerateResponse | None]
+
+
+class Gone(Exception):
+    """Nobody waits for the picture any more."""
 
 
 class Painter(generation_pb2_grpc.GenerationServiceServicer, server_pb2_grpc.ServerServiceServicer):
@@ -42,14 +47,21 @@ class Painter(generation_pb2_grpc.GenerationServiceServicer, server_pb2_grpc.Ser
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
         async with self._turn:
             events: Events = asyncio.Queue()
-            loop = asyncio.get_running_loop()
-            painting = asyncio.create_task(asyncio.to_thread(self._paint, request, loop, events))
-            while (event := await events.get()) is not None:
-                yield event
-            await painting
+            loop, gone = asyncio.get_running_loop(), threading.Event()
+            painting = asyncio.create_task(asyncio.to_thread(self._paint, request, loop, events, gone))
+            try:
+                while (event := await events.get()) is not None:
+                    yield event
+            finally:
+                gone.set()  # a thread is not cancelled with its task: it would paint to the end
+                await painting
 
     def _paint(
-        self, request: generation_pb2.GenerateRequest, loop: asyncio.AbstractEventLoop, events: Events
+        self,
+        request: generation_pb2.GenerateRequest,
+        loop: asyncio.AbstractEventLoop,
+        events: Events,
+        gone: threading.Event,
     ) -> None:
         def tell(event: generation_pb2.GenerateResponse | None) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
@@ -59,6 +71,8 @@ class Painter(generation_pb2_grpc.GenerationServiceServicer, server_pb2_grpc.Ser
                 step=step + 1, total=request.num_inference_steps
             )
             tell(generation_pb2.GenerateResponse(progress=progress))
+            if gone.is_set():
+                raise Gone
             return values
 
         try:
@@ -79,6 +93,8 @@ class Painter(generation_pb2_grpc.GenerationServiceServicer, server_pb2_grpc.Ser
             image = generation_pb2.GenerateResponse.Image(data=data, size=len(data), last=True)
             tell(generation_pb2.GenerateResponse(image=image))
             tell(generation_pb2.GenerateResponse(completed=generation_pb2.GenerateResponse.Completed()))
+        except Gone:
+            pass
         finally:
             tell(None)
 
