@@ -96,10 +96,11 @@ class FakeRun:
 
 
 class FakeRunner:
-    """Counts instead of computing. `missing` names adapters whose load fails."""
+    """Counts instead of computing. `missing` names adapters whose load fails; a step takes a second of `now`."""
 
     def __init__(self) -> None:
         self.log: list[tuple[str, object]] = []
+        self.now = 0.0
         self.slots: dict[int, CheckpointId] = {}
         self.progress: dict[int, int] = {}
         self.missing: set[str] = set()
@@ -120,6 +121,7 @@ class FakeRunner:
     def denoise(
         self, tasks: Sequence[ImageTask], bucket: int, slots: Mapping[CheckpointId, int]
     ) -> list[bool]:
+        self.now += 1
         if self.denoise_error:
             error, self.denoise_error = self.denoise_error, None
             raise error
@@ -160,6 +162,7 @@ class FakeRunner:
         return run
 
     def train(self, runs: Sequence[TrainingRun]) -> list[TrainOutcome]:
+        self.now += 1
         if len(runs) > self.memory_trainings:
             raise MemoryError
         fakes = [run for run in runs if isinstance(run, FakeRun)]

@@ -80,7 +80,8 @@ Message = Command | TaskDecoded | TaskPreviewed | DeviceWork
 class Loop:
     """Runs until it is drained. `emit` must never block, and may be called from any thread.
 
-    `aside` does what needs files and hardly any device: see `engine.aside`.
+    `aside` does what needs files and hardly any device: see `engine.aside`. `clock` tells the seconds by which
+    pictures and trainings share the device.
     """
 
     def __init__(
@@ -94,8 +95,10 @@ class Loop:
         row_limit: Callable[[int, int], int] = all_rows,
         training_share: float = DEFAULT_TRAINING_SHARE,
         aside: Executor | None = None,
+        clock: Callable[[], float] = monotonic,
     ) -> None:
         self._runner = runner
+        self._clock = clock
         self._inbox = inbox
         self._send = emit
         self._failures = Failures(runner, emit, self._origin)
@@ -136,13 +139,13 @@ class Loop:
         self._receive()
         self.turns += 1
         step = self.scheduler.schedule()
-        before = monotonic()
+        before = self._clock()
         if isinstance(step, DenoiseBatch):
             self._denoise(step)
         elif isinstance(step, TrainStep):
             self.trainings.advance(step.training_ids)
         if step is not None:
-            self.scheduler.spent(step, monotonic() - before)
+            self.scheduler.spent(step, self._clock() - before)
 
     def _receive(self) -> None:
         """Takes all messages there are; waits for one where there is nothing else to do."""

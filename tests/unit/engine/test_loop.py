@@ -72,6 +72,7 @@ class Desk:
             slots=slots,
             sample_defaults=SampleDefaults(64, 64, "ddim"),
             aside=AtOnce(),
+            clock=lambda: self.runner.now,
         )
 
     def send(self, *messages: Message) -> Desk:
