@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from importlib.metadata import version as package_version
+from importlib.metadata import version
 
 from atelier.v1 import adapter_pb2 as pb
 from atelier.v1 import server_pb2
@@ -14,6 +14,7 @@ from atelier_server.report import AdapterReport, ImportTerms
 from atelier_server.rpc import caller
 from atelier_server.rpc.codec.checks import Checks, shown
 
+_VERSION = version("atelier")  # reads files: once
 _LAYOUTS = {
     pb.ADAPTER_FORMAT_UNSPECIFIED: "diffusers",
     pb.ADAPTER_FORMAT_DIFFUSERS: "diffusers",
@@ -152,7 +153,7 @@ def encode_info(status: WorkerStatus, limits: Limits) -> server_pb2.GetServerInf
                 str(checkpoint) for checkpoint in sorted(status.resident()) if scope.owns(checkpoint.name)
             ],
         ),
-        versions={"atelier": package_version("atelier")},
+        versions={"atelier": _VERSION},
         worker_restarts=status.restarts,
         schedulers=SCHEDULERS,
         tenant=caller.tenant().name,
