@@ -1,7 +1,7 @@
 """kill -9 at a step drawn by lot, of the worker or of the front: every kind of training ends with the weights
 of one that nobody disturbed, to the bit.
 
-Two of the cases run with every test, all of them with `make soak`.
+Two of the cases run with every test and one kill each; all of them, with all their kills, in `make soak`.
 """
 
 from __future__ import annotations
@@ -147,13 +147,14 @@ def train(
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in ALWAYS else [pytest.mark.soak]) for name in CASES]
+    ("name", "kills"),
+    [(name, 1) for name in ALWAYS]
+    + [pytest.param(name, case.kills, marks=pytest.mark.soak) for name, case in CASES.items()],
 )
 def test_killed_at_a_step_drawn_by_lot_it_ends_with_the_same_weights(
-    server: Server, folder: Path, name: str
+    server: Server, folder: Path, name: str, kills: int
 ) -> None:
     case, chance = CASES[name], random.Random(zlib.crc32(name.encode()))
-    kills = 1 if name in ALWAYS else case.kills
     recipes = [recipe(folder, fields) for fields in case.recipes]
     undisturbed = train(server, "calm", recipes, iter(()))
     before = server.metrics()
