@@ -96,7 +96,7 @@ class FakeRun:
 
 
 class FakeRunner:
-    """Counts instead of computing. `missing` names adapters whose load fails; a step takes a second of `now`."""
+    """Counts instead of computing. `missing` names adapters whose load fails; a step takes 1 s of `now`."""
 
     def __init__(self) -> None:
         self.log: list[tuple[str, object]] = []

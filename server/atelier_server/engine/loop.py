@@ -80,8 +80,8 @@ Message = Command | TaskDecoded | TaskPreviewed | DeviceWork
 class Loop:
     """Runs until it is drained. `emit` must never block, and may be called from any thread.
 
-    `aside` does what needs files and hardly any device: see `engine.aside`. `clock` tells the seconds by which
-    pictures and trainings share the device.
+    `aside` does what needs files and hardly any device: see `engine.aside`. `clock` tells the seconds that
+    pictures and trainings take of the device.
     """
 
     def __init__(
