@@ -50,7 +50,12 @@ _COMMON: dict[str, Any] = {
 }
 METHODS: Mapping[str, dict[str, Any]] = {
     "lora": {},
-    "textual-inversion": {**_NEW_WORD, "method": "textual_inversion"},
+    "textual-inversion": {
+        **_NEW_WORD,
+        "method": "textual_inversion",
+        "num_vectors": 8,
+        "token_lr": 1e-2,
+    },
     "pivotal": {**_NEW_WORD, "method": "pivotal"},
     "dreambooth": {"method": "dreambooth", "learning_rate": 2e-4, "rank": 16},
     "pivotal-dreambooth": {
