@@ -1,50 +1,82 @@
-"""A control call while pictures are painted: our front against a server that paints in its own process.
+"""Control calls while pictures are painted: our front against a server that paints in its own process.
 
-Other clients, in a process of their own, ask for pictures with an adapter each: the peer
-changes adapters between two pictures, which is Python's work and holds its lock.
+Other clients, in a process of their own, ask for pictures with an adapter each. Two calls are measured:
+
+GetServerInfo needs nothing of the pipeline. A peer that paints in a thread answers it whenever the painting
+lets go of Python's lock; our front is a process of its own, which here shares the one core with the worker.
+
+ImportAdapter needs the pipeline: diffusers' load_lora_weights changes the very modules that a forward runs
+through, so the peer lets the picture in hand end first (never those that wait: control calls go before
+them). We try the file between two steps. Either server answers when the next picture may have the adapter;
+for ours that includes that the file is checked, hashed and stored for good. Every call brings a file that the
+server has never seen, under a new name, at a moment that no picture decides, and it is deleted afterwards.
 """
 
 from __future__ import annotations
 
-import asyncio
-import multiprocessing
+import random
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from time import perf_counter, sleep
 
 import grpc
 
-from atelier.v1 import generation_pb2, generation_pb2_grpc, server_pb2, server_pb2_grpc
+from atelier.codec import AdapterImport
+from atelier.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2_grpc, server_pb2, server_pb2_grpc
 from benchmarks import servers
 from benchmarks.bases import random_adapters, sd1_shaped
 from benchmarks.harness import Row, interleave, row
 
 _PAUSE_SECONDS = 0.005
+_IMPORT_PAUSE_SECONDS = 1.0  # at most, and longer than the peer takes for a picture
 _STREAMS = 8
 _STEPS = 20
 
 
 def run(*, quick: bool) -> list[Row]:
-    calls, rounds = (20, 1) if quick else (400, 7)
+    reads, read_rounds = (20, 1) if quick else (400, 7)
+    imports, import_rounds = (3, 1) if quick else (20, 3)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         base = sd1_shaped(root / "base")
-        files = random_adapters(root / "files", base, count=_STREAMS, rank=16)
-        names = [file.stem for file in files]
-        with servers.diffusers(base, files) as theirs, servers.ours(base, root / "data", files) as mine:
-            samples = interleave(lambda: _p99(mine, names, calls), lambda: _p99(theirs, names, calls), rounds)
+        count = _STREAMS + 1 + imports * (1 + import_rounds)  # one to try, and a warm-up round
+        files = random_adapters(root / "files", base, count=count, rank=16)
+        painted, fresh = files[:_STREAMS], files[_STREAMS:]
+        names = [file.stem for file in painted]
+        with (
+            servers.diffusers(base, painted) as theirs,
+            servers.ours(base, root / "data", painted) as mine,
+        ):
+            for address in (mine, theirs):
+                _try(address, fresh[0])
+            to_us, to_them = iter(fresh[1:]), iter(fresh[1:])
+            read = interleave(
+                lambda: _p99_of_reads(mine, names, reads),
+                lambda: _p99_of_reads(theirs, names, reads),
+                read_rounds,
+            )
+            imported = interleave(
+                lambda: _p99_of_imports(mine, names, to_us, imports),
+                lambda: _p99_of_imports(theirs, names, to_them, imports),
+                import_rounds,
+            )
     target = None if quick else ">= 5"
-    return [row("p99 of GetServerInfo while generating", "s", samples, target, ratio=lambda a, b: b / a)]
+    return [
+        row("p99 of GetServerInfo while generating", "s", read, target, ratio=_ratio),
+        row("p99 of ImportAdapter while generating", "s", imported, target, ratio=_ratio),
+    ]
 
 
-def _p99(address: str, names: Sequence[str], calls: int) -> float:
+def _ratio(ours: float, peer: float) -> float:
+    return peer / ours
+
+
+def _p99_of_reads(address: str, names: Sequence[str], calls: int) -> float:
     """Seconds, over so many calls one after another, while the other clients keep the server painting."""
     taken = []
-    with _painting(address, names), grpc.insecure_channel(address) as channel:
+    with servers.painting(address, names, steps=_STEPS), grpc.insecure_channel(address) as channel:
         stub = server_pb2_grpc.ServerServiceStub(channel)
         stub.GetServerInfo(server_pb2.GetServerInfoRequest())  # connects
         for _ in range(calls):
@@ -52,47 +84,47 @@ def _p99(address: str, names: Sequence[str], calls: int) -> float:
             stub.GetServerInfo(server_pb2.GetServerInfoRequest())
             taken.append(perf_counter() - before)
             sleep(_PAUSE_SECONDS)
+    return _p99(taken)
+
+
+def _p99_of_imports(address: str, names: Sequence[str], files: Iterator[Path], calls: int) -> float:
+    """Seconds, likewise, each with the next of these files; what is deleted afterwards is not timed."""
+    taken = []
+    moments = random.Random(0)
+    with servers.painting(address, names, steps=_STEPS), grpc.insecure_channel(address) as channel:
+        server_pb2_grpc.ServerServiceStub(channel).GetServerInfo(
+            server_pb2.GetServerInfoRequest()
+        )  # connects
+        stub = adapter_pb2_grpc.AdapterServiceStub(channel)
+        for _ in range(calls):
+            requests, name = _upload(next(files))
+            sleep(moments.uniform(0, _IMPORT_PAUSE_SECONDS))
+            before = perf_counter()
+            stub.ImportAdapter(iter(requests))
+            taken.append(perf_counter() - before)
+            stub.DeleteAdapter(adapter_pb2.DeleteAdapterRequest(adapter=name))
+    return _p99(taken)
+
+
+def _p99(taken: Sequence[float]) -> float:
     return statistics.quantiles(taken, n=100, method="inclusive")[-1]
 
 
-@contextmanager
-def _painting(address: str, names: Sequence[str]) -> Iterator[None]:
-    """Begins when the first step is told."""
-    spawn = multiprocessing.get_context("spawn")
-    begun = spawn.Event()
-    process = spawn.Process(target=_paint, args=(address, names, begun), daemon=True)
-    process.start()
-    try:
-        assert begun.wait(60), "nothing is painted"
-        yield
-    finally:
-        process.kill()
-        process.join()
+def _upload(file: Path) -> tuple[list[adapter_pb2.ImportAdapterRequest], str]:
+    """The messages, made before the clock runs, and the name that the adapter gets."""
+    return list(AdapterImport(file, file.stem, {}).requests()), file.stem
 
 
-def _paint(address: str, names: Sequence[str], begun: Event) -> None:
-    asyncio.run(_paint_all(address, names, begun))
-
-
-async def _paint_all(address: str, names: Sequence[str], begun: Event) -> None:
-    async with grpc.aio.insecure_channel(address) as channel:
-        await asyncio.gather(*(_stream(channel, *given, begun) for given in enumerate(names)))
-
-
-async def _stream(channel: grpc.aio.Channel, seed: int, adapter: str, begun: Event) -> None:
-    """One picture after another, for ever."""
-    request = generation_pb2.GenerateRequest(
-        prompt="a red cat",
-        seed=seed,
-        num_inference_steps=_STEPS,
-        guidance_scale=5.0,
-        scheduler="ddim",
-        width=64,
-        height=64,
-        adapters=[generation_pb2.AdapterSelection(adapter=adapter)],
-    )
-    stub = generation_pb2_grpc.GenerationServiceStub(channel)
-    while True:
-        async for event in stub.Generate(request):
-            if event.HasField("progress"):
-                begun.set()
+def _try(address: str, file: Path) -> None:
+    """What is imported can be painted with."""
+    with grpc.insecure_channel(address) as channel:
+        requests, name = _upload(file)
+        stub = adapter_pb2_grpc.AdapterServiceStub(channel)
+        stub.ImportAdapter(iter(requests))
+        events = list(
+            generation_pb2_grpc.GenerationServiceStub(channel).Generate(
+                servers.picture(name, seed=0, steps=_STEPS)
+            )
+        )
+        assert any(event.HasField("image") for event in events), f"no picture with {name}"
+        stub.DeleteAdapter(adapter_pb2.DeleteAdapterRequest(adapter=name))

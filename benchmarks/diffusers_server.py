@@ -3,6 +3,7 @@
     python -m benchmarks.diffusers_server BASE FILE...
 
 One process, grpc.aio, diffusers' pipeline with every adapter loaded, requests one after another in a thread.
+What changes the pipeline waits for the picture in hand, and goes before those that wait.
 Speaks as much of our contract as the benchmarks ask for; prints its port.
 """
 
@@ -10,15 +11,24 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import tempfile
 import threading
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
 import torch
 
-from atelier.v1 import generation_pb2, generation_pb2_grpc, server_pb2, server_pb2_grpc
+from atelier.v1 import (
+    adapter_pb2,
+    adapter_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+)
 from atelier_server.core import ImageFormat
 from atelier_server.diffusion.images import encode_picture
 from benchmarks.bases import peer_pipeline
@@ -30,22 +40,66 @@ class Gone(Exception):
     """Nobody waits for the picture any more."""
 
 
-class Painter(generation_pb2_grpc.GenerationServiceServicer, server_pb2_grpc.ServerServiceServicer):
+class Turns:
+    """Who has the pipeline: one at a time. Pictures in the order of their arrival, a change before them."""
+
+    def __init__(self) -> None:
+        self._pictures = asyncio.Lock()
+        self._pipeline = asyncio.Lock()  # of the pictures only one, the next, stands here with the changes
+
+    @asynccontextmanager
+    async def picture(self) -> AsyncIterator[None]:
+        async with self._pictures, self._pipeline:
+            yield
+
+    @asynccontextmanager
+    async def change(self) -> AsyncIterator[None]:
+        async with self._pipeline:
+            yield
+
+
+class Painter(
+    generation_pb2_grpc.GenerationServiceServicer,
+    server_pb2_grpc.ServerServiceServicer,
+    adapter_pb2_grpc.AdapterServiceServicer,
+):
     def __init__(self, base: Path, files: list[Path]) -> None:
         self._pipeline = peer_pipeline(base)
         for file in files:
-            self._pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=file.stem)
-        self._turn = asyncio.Lock()  # first come, first served
+            self._load(file, file.stem)
+        self._turns = Turns()
+
+    def _load(self, file: Path, name: str) -> None:
+        self._pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
 
     async def GetServerInfo(
         self, request: server_pb2.GetServerInfoRequest, context: object
     ) -> server_pb2.GetServerInfoResponse:
         return server_pb2.GetServerInfoResponse(ready=True)
 
+    async def ImportAdapter(
+        self, request_iterator: AsyncIterator[adapter_pb2.ImportAdapterRequest], context: object
+    ) -> adapter_pb2.ImportAdapterResponse:
+        name = (await anext(request_iterator)).metadata.name
+        with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+            async for message in request_iterator:
+                file.write(message.chunk)
+            file.flush()
+            async with self._turns.change():
+                await asyncio.to_thread(self._load, Path(file.name), name)
+        return adapter_pb2.ImportAdapterResponse(adapter=adapter_pb2.Adapter(name=name))
+
+    async def DeleteAdapter(
+        self, request: adapter_pb2.DeleteAdapterRequest, context: object
+    ) -> adapter_pb2.DeleteAdapterResponse:
+        async with self._turns.change():
+            await asyncio.to_thread(self._pipeline.delete_adapters, request.adapter)
+        return adapter_pb2.DeleteAdapterResponse()
+
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: object
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
-        async with self._turn:
+        async with self._turns.picture():
             events: Events = asyncio.Queue()
             loop, gone = asyncio.get_running_loop(), threading.Event()
             painting = asyncio.create_task(asyncio.to_thread(self._paint, request, loop, events, gone))
@@ -101,9 +155,10 @@ class Painter(generation_pb2_grpc.GenerationServiceServicer, server_pb2_grpc.Ser
 
 async def serve(base: Path, files: list[Path]) -> None:
     server = grpc.aio.server()
-    painter = Painter(base, files)
+    painter = Painter(base, files)  # type: ignore[abstract]  # what it lacks is UNIMPLEMENTED
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(painter, server)
     server_pb2_grpc.add_ServerServiceServicer_to_server(painter, server)
+    adapter_pb2_grpc.add_AdapterServiceServicer_to_server(painter, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     print(port, flush=True)
