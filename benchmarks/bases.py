@@ -76,23 +76,32 @@ def peer_pipeline(folder: Path) -> StableDiffusionPipeline:
 def random_adapters(folder: Path, base: Path, *, count: int, rank: int) -> list[Path]:
     """LoRA files in diffusers' layout on every attention projection of the U-Net."""
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
-    targets = {
-        f"unet.{name}": module
-        for name, module in unet.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".attn" in name
-    }
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for number in range(count):
-        generator = torch.Generator().manual_seed(number)
-        modules = {
-            name: LoraModule(
-                torch.randn(rank, module.in_features, generator=generator) / rank,
-                torch.randn(module.out_features, rank, generator=generator) * 0.02,
+        paths.append(folder / f"subject{number}.safetensors")
+        write_adapter(random_adapter(unet, number, rank=rank), paths[-1])
+    return paths
+
+
+def random_adapter(
+    unet: torch.nn.Module,
+    seed: int,
+    *,
+    rank: int,
+    dtype: torch.dtype = torch.float32,
+    size: float = 0.02,
+) -> CanonicalAdapter:
+    """On every attention projection; only the shapes of `unet` count. On the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    return CanonicalAdapter(
+        {
+            f"unet.{name}": LoraModule(
+                (torch.randn(rank, module.in_features, generator=generator) / rank).to(dtype),
+                (torch.randn(module.out_features, rank, generator=generator) * size).to(dtype),
                 float(rank),
             )
-            for name, module in targets.items()
+            for name, module in unet.named_modules()
+            if isinstance(module, torch.nn.Linear) and ".attn" in name
         }
-        paths.append(folder / f"subject{number}.safetensors")
-        write_adapter(CanonicalAdapter(modules), paths[-1])
-    return paths
+    )

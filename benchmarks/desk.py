@@ -25,15 +25,17 @@ class Desk:
         slots: int = 16,
         max_rank: int = 16,
         controlnets: tuple[tuple[str, str], ...] = (),
+        device: str = "cpu",
+        dtype: str = "auto",
     ) -> None:
         self.runner = TorchRunner(
             WorkerSettings(
                 model=model,
-                device="cpu",
-                dtype="auto",
+                device=device,
+                dtype=dtype,
                 data_dir=str(data_dir),
                 slots=slots,
-                threads=1,
+                threads=1 if device == "cpu" else 0,
                 max_lora_rank=max_rank,
                 host_adapter_bytes=0,  # a load from a file is a load from a file
                 controlnets=controlnets,

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -52,6 +53,11 @@ def interleave(ours: Callable[[], float], peer: Callable[[], float], pairs: int)
     """Measures A B B A A B ...: after one uncounted warm-up of each, so that drift hits both alike."""
     ours()
     peer()
+    return take_turns(ours, peer, pairs)
+
+
+def take_turns(ours: Callable[[], float], peer: Callable[[], float], pairs: int) -> dict[str, list[float]]:
+    """As `interleave`, of sides that are warm already."""
     samples: dict[str, list[float]] = {"ours": [], "peer": []}
     for pair in range(pairs):
         order = [("ours", ours), ("peer", peer)]
@@ -87,8 +93,8 @@ def meets(value: float, target: str) -> bool:
     return bool(_DIRECTIONS[direction](value, float(bound)))
 
 
-def report(name: str, rows: list[Row], *, keep: bool) -> None:
-    """Prints a table; `keep` writes it with the raw figures under benchmarks/results."""
+def report(name: str, rows: list[Row], *, keep: bool, folder: Path = RESULTS) -> None:
+    """Prints a table; `keep` writes it with the raw figures under benchmarks/results, or `folder`."""
     table = Table(title=name)
     for column in ("case", "ours", "peer", "unit", "ratio", "target", "met"):
         table.add_column(column)
@@ -99,14 +105,19 @@ def report(name: str, rows: list[Row], *, keep: bool) -> None:
         )
     Console().print(table)
     if keep:
-        RESULTS.mkdir(exist_ok=True)
-        content = {
-            "rows": [asdict(r) for r in rows],
-            "machine": _machine(),
-            "versions": {p: importlib.metadata.version(p) for p in _PACKAGES},
-            "date": datetime.now(UTC).date().isoformat(),
-        }
-        (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+        write(name, rows, folder)
+
+
+def write(name: str, rows: list[Row], folder: Path = RESULTS) -> None:
+    """The rows so far with the raw figures, as NAME.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "rows": [asdict(r) for r in rows],
+        "machine": _machine(),
+        "versions": {p: importlib.metadata.version(p) for p in _PACKAGES},
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _machine() -> dict[str, object]:
@@ -118,4 +129,18 @@ def _machine() -> dict[str, object]:
         ),
         platform.machine(),
     )
-    return {"cpu": model, "cores": os.cpu_count(), "pinned_to": sorted(os.sched_getaffinity(0)), "threads": 1}
+    machine = {"cpu": model, "cores": os.cpu_count(), "pinned_to": sorted(os.sched_getaffinity(0))}
+    return machine | {"threads": torch.get_num_threads()} | _gpu()
+
+
+def _gpu() -> dict[str, object]:
+    """Its name, memory, CUDA and driver; nothing where there is none."""
+    if not torch.cuda.is_available():
+        return {}
+    driver = Path("/proc/driver/nvidia/version")
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "gpu_bytes": torch.cuda.get_device_properties(0).total_memory,
+        "cuda": torch.version.cuda,
+        "driver": driver.read_text().splitlines()[0] if driver.exists() else "unknown",
+    }

@@ -25,7 +25,7 @@ from atelier_server.training.methods.low_rank import ATTENTION
 RANKS = (16, 64, 128)
 TRAINED_RANK = 16
 _STATE = 4 * torch.float32.itemsize  # weight, gradient, two moments
-_SD_VAE = {
+SD_VAE = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -95,7 +95,7 @@ FAMILIES = (
 def row(family: Family, slots: int) -> tuple[str, ...]:
     """Name, parameters, base, slots at each of RANKS (attention / all layers), one training."""
     with torch.device("meta"):
-        unet, vae = family.unet(), AutoencoderKL(**_SD_VAE)
+        unet, vae = family.unet(), AutoencoderKL(**SD_VAE)
         encoders = family.encoders()
     modules = [module.half() for module in (unet, vae, *encoders)]
     parameters = sum(p.numel() for module in modules for p in module.parameters())

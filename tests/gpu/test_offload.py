@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -34,7 +36,8 @@ def test_the_bank_of_a_text_encoder_is_on_the_device() -> None:
     base = load_base("pocket", "cuda", offload=("text_encoders",))
     bank = SlotBank(slots=1, max_rank=4)
     bank.wrap(base.modules["text_encoder"], "text_encoder")
-    tokens = {"<s>": {"text_encoder": torch.zeros(1, base.modules["text_encoder"].config.hidden_size)}}
+    encoder: Any = base.modules["text_encoder"]
+    tokens = {"<s>": {"text_encoder": torch.zeros(1, encoder.config.hidden_size)}}
     with base.at_work("text_encoder"):
         bank.load(1, CanonicalAdapter({}, tokens=tokens))
     words = bank.words([(1, 1.0)])
