@@ -43,6 +43,8 @@ def _stage(arguments: argparse.Namespace) -> None:
         painted=arguments.painted,
         sampling_steps=arguments.sampling_steps,
         workers=arguments.workers,
+        batch_scale=arguments.batch_scale,
+        learning_rate=arguments.learning_rate,
     )
     torch.manual_seed(0)
     figures = STAGES[arguments.command](plan, lambda line: print(line, file=sys.stderr, flush=True))
@@ -116,7 +118,9 @@ def _add_stage_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--held-out", type=int, default=1024, help="true pictures to test on")
     parser.add_argument("--painted", type=int, default=256, help="pictures to generate for the evaluation")
     parser.add_argument("--sampling-steps", type=int, default=50)
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures and batches")
+    parser.add_argument("--batch-scale", type=int, default=1, help="batches so many times larger")
+    parser.add_argument("--learning-rate", type=float, help="instead of the stage's own")
     parser.add_argument("--below-gate", action="store_true", help="do not fail below the gate")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 

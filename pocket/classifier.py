@@ -11,8 +11,8 @@ from transformers import ResNetConfig, ResNetModel
 
 from pocket.data import PictureSet, Pixels
 from pocket.labels import Classes, build_heads, question_loss, shares_right, shown_labels
-from pocket.training import Losses, autocast, device
-from pocket.vae import as_tensor, moved
+from pocket.training import Batch, Losses, autocast, device
+from pocket.vae import as_floats, as_tensor, moved
 
 GATE = 0.95
 _WIDTHS = (32, 64, 128, 256)
@@ -53,18 +53,19 @@ class ClassifierTask:
     def rates(self) -> list[tuple[float, list[nn.Parameter]]]:
         return [(1.0, list(self.network.parameters()))]
 
-    def losses(self, generator: torch.Generator) -> Losses:
+    def batch(self, generator: torch.Generator) -> Batch:
         chosen = torch.randint(len(self._pixels), (self._batch_size,), generator=generator)
-        pixels = moved(as_tensor(self._pixels[chosen.numpy()]), generator)
-        # Softness and grain, so that it does not hang on details that a generator lacks.
-        grain = torch.rand((), generator=generator) * 0.05
-        pixels = pixels + grain * torch.randn(pixels.shape, generator=generator)
-        with autocast():
-            embedded = self._classifier.embed(
-                pixels.to(device()).contiguous(memory_format=torch.channels_last)
-            )
         labels = {question: found[chosen] for question, found in self._labels.items()}
-        return {"loss": question_loss(self._classifier.heads, embedded.float(), labels)}
+        return {"pixels": moved(self._pixels[chosen.numpy()], generator), **labels}
+
+    def losses(self, batch: Batch, generator: torch.Generator) -> Losses:
+        pixels = as_floats(batch["pixels"])
+        # Grain, so that it does not hang on details that a generator lacks.
+        grain = torch.rand((), generator=generator, device=device()) * 0.05
+        pixels = pixels + grain * torch.randn(pixels.shape, generator=generator, device=device())
+        with autocast():
+            embedded = self._classifier.embed(pixels.contiguous(memory_format=torch.channels_last))
+        return {"loss": question_loss(self._classifier.heads, embedded.float(), batch)}
 
 
 @torch.no_grad()

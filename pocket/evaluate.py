@@ -22,6 +22,7 @@ from pocket.data import PictureSet, Pixels
 from pocket.labels import shown_labels, told_labels
 from pocket.painting import GUIDANCE, SHEET_PROMPTS, STEPS, load_pipeline, paint, sheet
 from pocket.scorer import Scorer
+from pocket.training import device
 from pocket.vae import as_tensor, decibels, reconstructed
 
 _FIRST_SEED = 5000
@@ -126,7 +127,8 @@ def write_sheet(
 def _small(pixels: Pixels) -> Tensor:
     """uint8 [n, h, w, 3] -> [n, 768], averaged down."""
     blocks = [
-        F.adaptive_avg_pool2d(as_tensor(pixels[i : i + 512]), _SIDE) for i in range(0, len(pixels), 512)
+        F.adaptive_avg_pool2d(as_tensor(pixels[i : i + 512], device()), _SIDE)
+        for i in range(0, len(pixels), 512)
     ]
     return torch.cat(blocks).flatten(1)
 

@@ -50,7 +50,7 @@ def paint(
     *,
     steps: int = STEPS,
     guidance: float = GUIDANCE,
-    batch_size: int = 16,
+    batch_size: int = 64,
 ) -> Pixels:
     """One picture a prompt, each from its own seed: uint8 [n, h, w, 3]."""
     painted = []

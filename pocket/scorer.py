@@ -23,6 +23,7 @@ from pocket.captions import plainly
 from pocket.data import PictureSet
 from pocket.labels import Classes, answers, exchanged
 from pocket.model import clean
+from pocket.training import device
 
 GATE = 0.9
 _SIDE = 64
@@ -32,7 +33,7 @@ class Scorer:
     """A folder of CLIPModel's layout, in use. Pictures may have any size; all methods give float64 arrays."""
 
     def __init__(self, folder: Path) -> None:
-        self._clip = CLIPModel.from_pretrained(folder).eval()
+        self._clip = CLIPModel.from_pretrained(folder).eval().to(device())
         self._processor = CLIPProcessor.from_pretrained(folder)
 
     def image_similarity(
@@ -55,15 +56,17 @@ class Scorer:
     def embed_images(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Embeddings of length 1: [n, d]."""
         pixels = self._processor(images=list(pictures), return_tensors="pt")["pixel_values"]
-        found = [self._clip.get_image_features(pixel_values=part) for part in pixels.split(128)]
-        return F.normalize(torch.cat([part.pooler_output for part in found]), dim=-1)
+        parts = pixels.to(device()).split(128)
+        found = [self._clip.get_image_features(pixel_values=part).pooler_output for part in parts]
+        return F.normalize(torch.cat(found), dim=-1).cpu()
 
     @torch.no_grad()
     def embed_texts(self, captions: Sequence[str]) -> Tensor:
         """Embeddings of length 1: [n, d]."""
         words = self._processor(text=list(captions), return_tensors="pt", padding=True, truncation=True)
-        found = [self._clip.get_text_features(input_ids=part) for part in words["input_ids"].split(256)]
-        return F.normalize(torch.cat([part.pooler_output for part in found]), dim=-1)
+        parts = words["input_ids"].to(device()).split(256)
+        found = [self._clip.get_text_features(input_ids=part).pooler_output for part in parts]
+        return F.normalize(torch.cat(found), dim=-1).cpu()
 
 
 def save_scorer(clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from diffusers import AutoencoderKL
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from pocket import classifier as judge
 from pocket import scorer, text, vae
@@ -57,6 +58,8 @@ class Plan:
     pictures: int = 16384
     held_out: int = 1024
     workers: int = 1
+    batch_scale: int = 1  # how many times the batches of a CPU
+    learning_rate: float | None = None  # instead of the stage's own
     painted: int = 256
     sampling_steps: int = STEPS
     seed: int = 21
@@ -74,8 +77,14 @@ class Plan:
         wait()
         return picture_set(recipe, self.work / "sets")
 
-    def budget(self, learning_rate: float) -> Budget:
-        return Budget(minutes=self.minutes, max_steps=self.max_steps, learning_rate=learning_rate)
+    def budget(self, learning_rate: float, share: float = 1.0) -> Budget:
+        """A share of what there is to spend, at the stage's own learning rate unless the plan has another."""
+        return Budget(
+            minutes=self.minutes * share,
+            max_steps=max(1, int(self.max_steps * share)),
+            learning_rate=self.learning_rate or learning_rate,
+            workers=self.workers if self.workers > 1 else 0,
+        )
 
 
 def make_text(plan: Plan, report: Report) -> Figures:
@@ -88,7 +97,8 @@ def make_text(plan: Plan, report: Report) -> Figures:
         tokenizer, text_encoder = load_text(plan.base)
         clip = build_clip(tokenizer, like=text_encoder)
     towers = Towers(clip, classes_of(PARTS[plan.part]))
-    Trainer(TextTask(towers, pictures, tokenizer), home, plan.budget(1e-3), report).run()
+    task = TextTask(towers, pictures, tokenizer, batch_size=128 * plan.batch_scale)
+    Trainer(task, home, plan.budget(1e-3), report).run()
     if rank():
         return _PEER
     tokenizer.save_pretrained(home / "tokenizer")
@@ -103,7 +113,8 @@ def make_vae(plan: Plan, report: Report) -> Figures:
     recipe = SetRecipe("whole", plan.seed - 1, max(64, plan.pictures // 4), 128)
     pixels, held_out = plan.drawn(recipe).pixels, plan.unseen_set().pixels
     taught = build_vae() if plan.base is None else _warm_vae(plan.base)
-    task = VaeTask(taught, pixels, encoder_rate=0.0 if plan.decoder_only else 1.0)
+    rate = 0.0 if plan.decoder_only else 1.0
+    task = VaeTask(taught, pixels, encoder_rate=rate, batch_size=16 * plan.batch_scale)
     Trainer(task, plan.work / "vae", plan.budget(1.2e-3), report).run()
     if rank():
         return _PEER
@@ -124,15 +135,12 @@ def make_unet(plan: Plan, report: Report) -> Figures:
     made = _made_vae(plan)
     unet = build_unet(text_encoder.config.hidden_size) if plan.base is None else load_unet(plan.base)
     taught = lesson(plan.training_set(), made, tokenizer)
+    home, size = plan.work / "unet", 32 * plan.batch_scale
     if plan.base is None:
-        frozen = UnetTask(unet, text_encoder, taught, text_rate=0.0)
-        first = Budget(minutes=plan.minutes / 3, max_steps=max(1, plan.max_steps // 3))
-        Trainer(frozen, plan.work / "unet" / "phase1", first, report).run()
-    share = 1.0 if plan.base else 2 / 3
-    second = Budget(
-        minutes=plan.minutes * share, max_steps=max(1, int(plan.max_steps * share)), learning_rate=7e-4
-    )
-    trainer = Trainer(UnetTask(unet, text_encoder, taught), plan.work / "unet" / "phase2", second, report)
+        frozen = UnetTask(unet, text_encoder, taught, text_rate=0.0, batch_size=size)
+        Trainer(frozen, home / "phase1", plan.budget(1e-3, 1 / 3), report).run()
+    task = UnetTask(unet, text_encoder, taught, batch_size=size)
+    trainer = Trainer(task, home / "phase2", plan.budget(7e-4, 1.0 if plan.base else 2 / 3), report)
     trainer.run()
     if rank():
         return _PEER
@@ -141,13 +149,12 @@ def make_unet(plan: Plan, report: Report) -> Figures:
 
 
 def make_scorer(plan: Plan, report: Report) -> Figures:
-    """The scorer in the model's folder, WORK/model/scorer, or in WORK/scorer where only the base has a model.
-    Its text half begins at the text encoder of that model."""
-    pictures, unseen, model = plan.training_set(), plan.unseen_set(), _made_model(plan)
-    tokenizer, text_encoder = load_text(model)
-    classes = classes_of(PARTS[plan.part])
-    towers = Towers(build_clip(tokenizer, like=text_encoder), classes)
-    task = TextTask(towers, pictures, tokenizer, text_rate=0.3, batch_size=64 // count())
+    """The scorer in the model's folder, WORK/model/scorer, or in WORK/scorer where no model was made. It
+    begins at what make_text left; without it, its text half at the base's text encoder."""
+    pictures, unseen = plan.training_set(), plan.unseen_set()
+    towers, tokenizer = _scoring_towers(plan)
+    classes, size = towers.classes, 64 * plan.batch_scale // count()
+    task = TextTask(towers, pictures, tokenizer, text_rate=0.3, batch_size=size)
     Trainer(task, plan.work / "scoring", plan.budget(1.5e-3), report).run()
     if rank():
         return _PEER
@@ -215,6 +222,15 @@ def _made_text(plan: Plan) -> tuple[CLIPTokenizer, CLIPTextModel]:
     return load_text(made)
 
 
+def _scoring_towers(plan: Plan) -> tuple[Towers, CLIPTokenizer]:
+    made, classes = plan.work / "text", classes_of(PARTS[plan.part])
+    if (made / "clip").exists():
+        clip = CLIPModel.from_pretrained(made / "clip", dtype=torch.float32)
+        return Towers(clip, classes), CLIPTokenizer.from_pretrained(made / "tokenizer")
+    tokenizer, text_encoder = load_text(_made_model(plan))
+    return Towers(build_clip(tokenizer, like=text_encoder), classes), tokenizer
+
+
 def _made_vae(plan: Plan) -> AutoencoderKL:
     """What make_vae left, or the base's."""
     made = plan.work / "vae"
@@ -229,5 +245,6 @@ def _warm_vae(base: Path) -> AutoencoderKL:
 
 def _classifier(plan: Plan, pictures: PictureSet, report: Report) -> Classifier:
     judging = Classifier(classes_of(PARTS[plan.part]))
-    Trainer(ClassifierTask(judging, pictures), plan.work / "classifier", plan.budget(2e-3), report).run()
+    task = ClassifierTask(judging, pictures, batch_size=64 * plan.batch_scale)
+    Trainer(task, plan.work / "classifier", plan.budget(2e-3), report).run()
     return judging

@@ -32,8 +32,8 @@ from pocket.labels import (
     shown_labels,
     told_labels,
 )
-from pocket.training import Losses, autocast, device
-from pocket.vae import as_tensor, moved
+from pocket.training import Batch, Losses, autocast, device
+from pocket.vae import as_floats, as_tensor, moved
 
 GATE = 0.9
 _VOCABULARY = 2048
@@ -193,28 +193,34 @@ class TextTask:
         rest = [parameter for parameter in self.network.parameters() if id(parameter) not in known]
         return [(1.0, rest), (self._text_rate, reading)]
 
-    def losses(self, generator: torch.Generator) -> Losses:
+    def batch(self, generator: torch.Generator) -> Batch:
+        """ "pixels" [b, h, w, 3] bytes; "ids" [2b, tokens] of their captions and of the wrong ones; what is
+        shown and what the captions tell, [b] a question."""
         chosen = torch.randint(len(self._pictures), (self._batch_size,), generator=generator)
-        pixels = moved(as_tensor(self._pictures.pixels[chosen.numpy()]), generator, 0)
-        shown = [self._pictures.attributes[number] for number in chosen.tolist()]
-        seeds = torch.randint(2**31, (len(shown),), generator=generator).tolist()
-        captions = [_worded(facts, seed) for facts, seed in zip(shown, seeds, strict=True)]
+        pixels = moved(self._pictures.pixels[chosen.numpy()], generator, 0)
+        facts = [self._pictures.attributes[number] for number in chosen.tolist()]
+        seeds = torch.randint(2**31, (len(facts),), generator=generator).tolist()
+        classes, pairs = self._towers.classes, list(zip(facts, seeds, strict=True))
+        captions = [_worded(shown, seed) for shown, seed in pairs]
         wrong = [
-            _worded(mistaken(facts, self._towers.classes, np.random.default_rng(seed)), seed)
-            for facts, seed in zip(shown, seeds, strict=True)
+            _worded(mistaken(shown, classes, np.random.default_rng(seed)), seed) for shown, seed in pairs
         ]
-        ids = token_ids(self._tokenizer, captions + wrong, "longest").to(device())
+        told = [named(shown, words) for shown, words in zip(facts, captions, strict=True)]
+        return {
+            "pixels": pixels,
+            "ids": token_ids(self._tokenizer, captions + wrong, "longest"),
+            **{f"seen {question}": found[chosen] for question, found in self._shown.items()},
+            **{f"read {question}": found for question, found in class_numbers(told, classes).items()},
+        }
+
+    def losses(self, batch: Batch, generator: torch.Generator) -> Losses:  # noqa: ARG002
+        pixels, ids = as_floats(batch["pixels"]), batch["ids"]
         with autocast():
-            images, texts = self._towers.embed_images(pixels.to(device())), self._towers.embed_texts(ids)
+            images, texts = self._towers.embed_images(pixels), self._towers.embed_texts(ids)
         images, texts = images.float(), texts.float()
-        told = class_numbers(
-            [named(facts, words) for facts, words in zip(shown, captions, strict=True)], self._towers.classes
-        )
         contrast = self._contrast(images, texts, ids)
-        seen = question_loss(
-            self._towers.seen, images, {question: found[chosen] for question, found in self._shown.items()}
-        )
-        read = question_loss(self._towers.read, texts[: len(images)], told)
+        seen = question_loss(self._towers.seen, images, _labels(batch, "seen"))
+        read = question_loss(self._towers.read, texts[: len(images)], _labels(batch, "read"))
         return {"loss": contrast + seen + 0.25 * read, "contrast": contrast, "seen": seen, "read": read}
 
     def _contrast(self, images: Tensor, texts: Tensor, ids: Tensor) -> Tensor:
@@ -248,6 +254,11 @@ def save_towers(towers: Towers, folder: Path) -> None:
     """Writes `folder`/clip (CLIPModel) and `folder`/text_encoder (its text half)."""
     towers.clip.save_pretrained(folder / "clip")
     CLIPTextModel.from_pretrained(folder / "clip").save_pretrained(folder / "text_encoder")
+
+
+def _labels(batch: Batch, half: str) -> dict[str, Tensor]:
+    start = f"{half} "
+    return {name.removeprefix(start): found for name, found in batch.items() if name.startswith(start)}
 
 
 def _worded(attributes: Attributes, seed: int) -> str:

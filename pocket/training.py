@@ -1,8 +1,8 @@
 """The loop that all trainings of pocket share: budget, learning rate, averaged weights, checkpoints.
 
 A training is interrupted and resumed without a trace: the pictures and the noise of step n come from the seed
-and n alone, and a checkpoint (`state.safetensors`: weights, averages, moments, progress) holds the rest;
-`state.json` beside it is for people. Knows nothing of pictures.
+and n alone, whichever process draws them, and a checkpoint (`state.safetensors`: weights, averages, moments,
+progress) holds the rest; `state.json` beside it is for people. Knows nothing of pictures.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,10 +19,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from pocket import peers
 
 Report = Callable[[str], None]
+Batch = dict[str, Tensor]
 Losses = dict[str, Tensor]
 _STATE = "state.safetensors"
 
@@ -36,8 +38,13 @@ class Task(Protocol):
         """Parameters by their share of the learning rate."""
         ...
 
-    def losses(self, generator: torch.Generator) -> Losses:
-        """The scalars of one step, drawn from `generator` (on the CPU); "loss" is what is minimised."""
+    def batch(self, generator: torch.Generator) -> Batch:
+        """What one step learns from, on the CPU, drawn from `generator`; does not touch the network, because
+        processes that have no GPU draw it."""
+        ...
+
+    def losses(self, batch: Batch, generator: torch.Generator) -> Losses:
+        """The scalars of one step; `generator` is the device's, for noise; "loss" is what is minimised."""
         ...
 
 
@@ -53,6 +60,7 @@ class Budget:
     save_seconds: float = 120.0
     report_steps: int = 100
     seed: int = 0
+    workers: int = 0  # processes that draw batches; 0 draws them in this one
 
 
 @dataclass(slots=True)
@@ -91,9 +99,10 @@ class Trainer:
 
     def _steps(self) -> None:
         losses: list[float] = []
+        batches = self._batches()
         saved = since = time.monotonic()
         while (done := peers.agreed(self._share_done())) < 1:
-            losses.append(self._step(done))
+            losses.append(self._step(next(batches), done))
             now = time.monotonic()
             self.progress.seconds += now - since
             since = now
@@ -104,13 +113,29 @@ class Trainer:
                 self._save()
                 saved = since = time.monotonic()
 
-    def _step(self, done: float) -> float:
-        seed = (self.budget.seed * 1_000_003 + self.progress.step) * peers.count() + peers.rank()
-        generator = torch.Generator().manual_seed(seed)
+    def _batches(self) -> Iterator[Batch]:
+        """The batches of the steps that are still to come."""
+        steps = range(self.progress.step, self.budget.max_steps)
+        on_gpu, workers = device().type == "cuda", self.budget.workers
+        loader = DataLoader(
+            _Batches(self.task, self.budget.seed),
+            batch_size=None,
+            sampler=steps,
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            # Forked: the pictures are shared with the workers and not copied.
+            multiprocessing_context="fork" if workers else None,
+            pin_memory=on_gpu,
+        )
+        for batch in loader:
+            yield {name: value.to(device(), non_blocking=on_gpu) for name, value in batch.items()}
+
+    def _step(self, batch: Batch, done: float) -> float:
+        generator = torch.Generator(device()).manual_seed(_seed(self.budget.seed, self.progress.step))
         rate = self.budget.learning_rate * self._schedule(done)
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["share"]
-        loss = self.task.losses(generator)["loss"]
+        loss = self.task.losses(batch, generator)["loss"]
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss of step {self.progress.step} is {loss.item()}")
         self._optimizer.zero_grad(set_to_none=True)
@@ -179,6 +204,21 @@ class Trainer:
                 if moments:
                     self._optimizer.state[parameter] = moments
         self.report(f"resumed at step {self.progress.step}")
+
+
+class _Batches(Dataset[Batch]):
+    """A task's batches by step."""
+
+    def __init__(self, task: Task, seed: int) -> None:
+        self._task, self._seed = task, seed
+
+    def __getitem__(self, step: int) -> Batch:
+        return self._task.batch(torch.Generator().manual_seed(_seed(self._seed, step)))
+
+
+def _seed(seed: int, step: int) -> int:
+    """Another for each step and each of the processes that train together."""
+    return (seed * 1_000_003 + step) * peers.count() + peers.rank()
 
 
 def device() -> torch.device:

@@ -17,14 +17,13 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from pocket.captions import describe
+from pocket.captions import Attributes, describe
 from pocket.data import PictureSet
 from pocket.text import token_ids
-from pocket.training import Losses, autocast, device
+from pocket.training import Batch, Losses, autocast, device
 from pocket.vae import latents_of
 
 CHANNELS = (48, 96, 160)
-_CAPTIONS = 4  # wordings of each picture
 _DROPPED = 0.1
 _SNR_GAMMA = 5.0
 
@@ -63,25 +62,17 @@ def build_scheduler() -> DDIMScheduler:
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """What the U-Net learns from: scaled latents, half precision [n, 4, h, w], and for each picture several
-    captions as token ids [n, k, tokens]; `empty` [tokens] is the caption of no words."""
+    """What the U-Net learns from: scaled latents, half precision [n, 4, h, w], and what each shows."""
 
     latents: Tensor
-    ids: Tensor
-    empty: Tensor
+    attributes: tuple[Attributes, ...]
+    tokenizer: CLIPTokenizer
 
 
-def lesson(pictures: PictureSet, vae: AutoencoderKL, tokenizer: CLIPTokenizer, seed: int = 0) -> Lesson:
-    """Encodes the pictures and words each of them in several ways."""
+def lesson(pictures: PictureSet, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> Lesson:
+    """Encodes the pictures; they are put in other words each time one is chosen."""
     latents = latents_of(vae, pictures.pixels) * vae.config.scaling_factor
-    captions = list(pictures.captions)
-    for wording in range(1, _CAPTIONS):
-        captions += [
-            describe(shown, np.random.default_rng((seed, wording, number)))
-            for number, shown in enumerate(pictures.attributes)
-        ]
-    ids = token_ids(tokenizer, captions).view(_CAPTIONS, len(pictures), -1).transpose(0, 1)
-    return Lesson(latents, ids.contiguous(), token_ids(tokenizer, [""])[0])
+    return Lesson(latents, pictures.attributes, tokenizer)
 
 
 class UnetTask:
@@ -107,33 +98,38 @@ class UnetTask:
         self._text.requires_grad_(text_rate > 0)
         self._noising = DDPMScheduler.from_config(build_scheduler().config)
         snr = self._noising.alphas_cumprod / (1 - self._noising.alphas_cumprod)
-        self._weights = snr.clamp(max=_SNR_GAMMA) / (snr + 1)
+        self._weights = (snr.clamp(max=_SNR_GAMMA) / (snr + 1)).to(device())
+        self._noising.alphas_cumprod = self._noising.alphas_cumprod.to(device())
 
     def rates(self) -> list[tuple[float, list[nn.Parameter]]]:
         return [(1.0, list(self._unet.parameters())), (self._text_rate, list(self._text.parameters()))]
 
-    def losses(self, generator: torch.Generator) -> Losses:
-        latents, ids, times, noise = self._batch(generator)
-        noisy = self._noising.add_noise(latents, noise, times)
-        target = self._noising.get_velocity(latents, noise, times).to(device())
-        noisy = noisy.to(device()).contiguous(memory_format=torch.channels_last)
-        with autocast():
-            with torch.set_grad_enabled(self._text_rate > 0):
-                hidden = self._text(ids.to(device()))[0]
-            velocity = self._unet(noisy, times.to(device()), encoder_hidden_states=hidden).sample.float()
-        errors = ((velocity - target) ** 2).mean((1, 2, 3))
-        return {"loss": (errors * self._weights[times].to(device())).mean(), "v_mse": errors.mean()}
-
-    def _batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Latents, token ids, times and noise, all on the CPU."""
+    def batch(self, generator: torch.Generator) -> Batch:
+        """ "latents" [b, 4, h, w], "ids" [b, tokens] of their captions and "times" [b]."""
         taught, count = self._lesson, self._batch_size
         chosen = torch.randint(len(taught.latents), (count,), generator=generator)
-        wording = torch.randint(taught.ids.shape[1], (count,), generator=generator)
-        latents = taught.latents[chosen].float()
-        ids = taught.ids[chosen, wording].clone()
-        ids[torch.rand(count, generator=generator) < _DROPPED] = taught.empty
+        dropped = torch.rand(count, generator=generator) < _DROPPED
+        rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
+        captions = [
+            "" if left_out else describe(taught.attributes[number], rng)
+            for number, left_out in zip(chosen.tolist(), dropped.tolist(), strict=True)
+        ]
         times = torch.randint(self._noising.config.num_train_timesteps, (count,), generator=generator)
-        return latents, ids, times, torch.randn(latents.shape, generator=generator)
+        ids = token_ids(taught.tokenizer, captions)
+        return {"latents": taught.latents[chosen], "ids": ids, "times": times}
+
+    def losses(self, batch: Batch, generator: torch.Generator) -> Losses:
+        latents, times = batch["latents"].float(), batch["times"]
+        noise = torch.randn(latents.shape, generator=generator, device=device())
+        noisy = self._noising.add_noise(latents, noise, times)
+        target = self._noising.get_velocity(latents, noise, times)
+        noisy = noisy.contiguous(memory_format=torch.channels_last)
+        with autocast():
+            with torch.set_grad_enabled(self._text_rate > 0):
+                hidden = self._text(batch["ids"])[0]
+            velocity = self._unet(noisy, times, encoder_hidden_states=hidden).sample.float()
+        errors = ((velocity - target) ** 2).mean((1, 2, 3))
+        return {"loss": (errors * self._weights[times]).mean(), "v_mse": errors.mean()}
 
 
 def load_unet(folder: Path) -> UNet2DConditionModel:

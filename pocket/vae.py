@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pocket.data import Pixels
-from pocket.training import Losses, autocast, device
+from pocket.training import Batch, Losses, autocast, device
 
 GATE_DB = 30.0
 CHANNELS = (24, 48, 96)
@@ -118,12 +118,12 @@ class VaeTask:
         decoder = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
         return [(self._encoder_rate, encoder), (1.0, decoder)]
 
-    def losses(self, generator: torch.Generator) -> Losses:
-        pixels = self._crops(generator).to(device()).contiguous(memory_format=torch.channels_last)
+    def losses(self, batch: Batch, generator: torch.Generator) -> Losses:
+        pixels = batch["pixels"].contiguous(memory_format=torch.channels_last)
         with autocast():
             posterior = self._vae.encode(pixels).latent_dist
             # A U-Net never hits a latent exactly; the decoder learns to forgive.
-            noise = torch.randn(posterior.mean.shape, generator=generator).to(device())
+            noise = torch.randn(posterior.mean.shape, generator=generator, device=device())
             spread = posterior.std if self._encoder_rate else 0.0
             back = self._vae.decode(posterior.mean + noise * (spread + 0.03)).sample.float()
         kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
@@ -133,9 +133,9 @@ class VaeTask:
         loss = 0.5 * F.l1_loss(back, pixels) + 8 * squared + 0.15 * edges + self._kl_weight * kl
         return {"loss": loss, "mse": squared, "kl": kl}
 
-    def _crops(self, generator: torch.Generator) -> Tensor:
-        """[b, 3, 32, 32] in -1..1, from pictures shown at 64 pixels or, for finer marks, at 40; sometimes
-        mirrored, sometimes with the colour channels exchanged."""
+    def batch(self, generator: torch.Generator) -> Batch:
+        """ "pixels" [b, 3, 32, 32] in -1..1, from pictures shown at 64 pixels or, for finer marks, at 40;
+        sometimes mirrored, sometimes with the colour channels exchanged."""
         chosen = torch.randint(len(self._pixels), (self._batch_size,), generator=generator)
         whole = torch.from_numpy(self._pixels[chosen.numpy()]).permute(0, 3, 1, 2).float() / 127.5 - 1
         side = 40 if torch.rand((), generator=generator) < 0.25 else 64
@@ -147,14 +147,14 @@ class VaeTask:
             crops = crops.flip(3)
         if torch.rand((), generator=generator) < 0.25:
             crops = crops[:, torch.randperm(3, generator=generator)]
-        return crops
+        return {"pixels": crops}
 
 
 @torch.no_grad()
 def reconstructed(vae: AutoencoderKL, pixels: Tensor, batch_size: int = 64) -> Tensor:
-    """Pictures [n, 3, h, w] in -1..1 after a way through the latents, clamped."""
-    blocks = torch.split(pixels, batch_size)
-    parts = [vae.decode(vae.encode(block).latent_dist.mean).sample for block in blocks]
+    """Pictures [n, 3, h, w] in -1..1 after a way through the latents, clamped, on the CPU."""
+    blocks = [block.to(vae.device) for block in torch.split(pixels, batch_size)]
+    parts = [vae.decode(vae.encode(block).latent_dist.mean).sample.cpu() for block in blocks]
     return torch.cat(parts).clamp(-1, 1)
 
 
@@ -165,29 +165,36 @@ def decibels(pixels: Tensor, back: Tensor) -> float:
 
 
 @torch.no_grad()
-def latents_of(vae: AutoencoderKL, pixels: Pixels, batch_size: int = 64) -> Tensor:
-    """Unscaled posterior means of uint8 [n, h, w, 3]: float16 [n, 4, h/4, w/4]."""
-    vae.eval()
+def latents_of(vae: AutoencoderKL, pixels: Pixels) -> Tensor:
+    """Unscaled posterior means of uint8 [n, h, w, 3]: float16 [n, 4, h/4, w/4], on the CPU."""
+    vae.to(device()).eval()
+    batch_size = 64 if device().type == "cpu" else 1024
     means = []
     for start in range(0, len(pixels), batch_size):
-        block = as_tensor(pixels[start : start + batch_size]).to(device())
+        block = as_tensor(pixels[start : start + batch_size], device())
         with autocast():
             mean = vae.encode(block.contiguous(memory_format=torch.channels_last)).latent_dist.mean
         means.append(mean.half().cpu())
     return torch.cat(means)
 
 
-def as_tensor(pixels: Pixels) -> Tensor:
+def as_tensor(pixels: Pixels, on: torch.device | None = None) -> Tensor:
     """uint8 [n, h, w, 3] -> [n, 3, h, w] in -1..1."""
-    return torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return as_floats(torch.from_numpy(pixels.copy()).to(on))
 
 
-def moved(pixels: Tensor, generator: torch.Generator, reach: int = 4) -> Tensor:
-    """A batch of pictures, half the time mirrored, and moved by up to `reach` pixels around their edges."""
+def as_floats(pixels: Tensor) -> Tensor:
+    """uint8 [n, h, w, 3] -> [n, 3, h, w] in -1..1."""
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def moved(pixels: Pixels, generator: torch.Generator, reach: int = 4) -> Tensor:
+    """Pictures [n, h, w, 3], half the time mirrored, and moved by up to `reach` pixels around their edges."""
+    shown = torch.from_numpy(pixels)
     if torch.rand((), generator=generator) < 0.5:
-        pixels = pixels.flip(3)
+        shown = shown.flip(2)
     down, right = torch.randint(-reach, reach + 1, (2,), generator=generator).tolist()
-    return pixels.roll((down, right), (2, 3))
+    return shown.roll((down, right), (1, 2))
 
 
 def set_scaling_factor(vae: AutoencoderKL, pixels: Pixels) -> None:

@@ -21,7 +21,7 @@ from pocket.data import PictureSet
 from pocket.labels import classes_of
 from pocket.peers import average_gradients
 from pocket.text import TextTask, Towers, build_clip, load_text, text_scores, token_ids, train_tokenizer
-from pocket.training import Budget, Losses, Task, Trainer
+from pocket.training import Batch, Budget, Losses, Task, Trainer
 from pocket.unet import UnetTask, build_unet, lesson
 from pocket.vae import VaeTask, as_tensor, build_vae, decibels, load_vae, reconstructed, widened
 from pocket.world import SMALL
@@ -41,7 +41,8 @@ def _learns(task: Task, folder: Path, steps: int, **options: float) -> bool:
 
     def loss() -> float:
         with torch.no_grad():
-            draws = [task.losses(torch.Generator().manual_seed(seed))["loss"] for seed in range(4)]
+            seeded = [torch.Generator().manual_seed(seed) for seed in range(4)]
+            draws = [task.losses(task.batch(generator), generator)["loss"] for generator in seeded]
         return float(torch.stack(draws).mean())
 
     before = loss()
@@ -59,8 +60,11 @@ class Line:
     def rates(self) -> list[tuple[float, list[nn.Parameter]]]:
         return [(1.0, list(self.network.parameters()))]
 
-    def losses(self, generator: torch.Generator) -> Losses:
-        x = torch.randn(8, 2, generator=generator)
+    def batch(self, generator: torch.Generator) -> Batch:
+        return {"x": torch.randn(8, 2, generator=generator)}
+
+    def losses(self, batch: Batch, generator: torch.Generator) -> Losses:
+        x = batch["x"] + 0.01 * torch.randn(8, 2, generator=generator)
         return {"loss": ((self.network(x) - x.sum(1, keepdim=True)) ** 2).mean()}
 
 
@@ -83,6 +87,12 @@ def test_a_training_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest
     assert torch.equal(_weights(resumed), _weights(whole))
 
 
+def test_batches_drawn_by_other_processes_are_the_same(tmp_path: Path) -> None:
+    alone = _train(Line(), tmp_path / "alone", 7)
+    helped = _train(Line(), tmp_path / "helped", 7, workers=2)
+    assert torch.equal(_weights(helped), _weights(alone))
+
+
 def _stop_at(start: str) -> Callable[[str], None]:
     def report(line: str) -> None:
         if line.startswith(start):
@@ -100,7 +110,7 @@ def test_a_finished_training_is_not_trained_again(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_no_number_stops_the_training(tmp_path: Path) -> None:
     task = Line()
-    task.losses = lambda generator: {"loss": torch.tensor(float("nan"), requires_grad=True)}  # type: ignore[method-assign]
+    task.losses = lambda batch, generator: {"loss": torch.full((), torch.nan, requires_grad=True)}  # type: ignore[method-assign]
     with pytest.raises(FloatingPointError, match="the loss of step 0 is nan"):
         _train(task, tmp_path, 3)
 
@@ -187,7 +197,7 @@ def test_the_unet_learns_and_the_text_encoder_in_phase_2(
     tokenizer, text_encoder = load_text(BASE)
     before = text_encoder.state_dict()["embeddings.token_embedding.weight"].clone()
     taught = lesson(tiny_set, load_vae(BASE), tokenizer)
-    assert (taught.latents.shape, taught.ids.shape) == ((48, 4, 16, 16), (48, 4, 32))
+    assert (taught.latents.shape, len(taught.attributes)) == ((48, 4, 16, 16), 48)
     assert taught.latents.float().std() == pytest.approx(1, abs=0.15)
     task = UnetTask(build_unet(128, (16, 32)), text_encoder, taught, text_rate=text_rate, batch_size=8)
     assert _learns(task, tmp_path, 12, learning_rate=3e-3)
