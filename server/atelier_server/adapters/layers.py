@@ -103,9 +103,15 @@ class RowDelta:
 
     def linear(self, x: Tensor, y: Tensor) -> Tensor:
         rows = checked_rows(x, self.bt.shape[0])
-        hidden = torch.bmm(x.reshape(rows, -1, x.shape[-1]), self.a.transpose(1, 2))
+        inputs, outputs = x.reshape(rows, -1, x.shape[-1]), y.reshape(rows, -1, y.shape[-1])
+        tokens = inputs.shape[1]
+        if tokens == 1:
+            # The product of a single vector is another kernel, whose last bits depend on how many zeros pad
+            # the ranks, and so on the neighbours; the product of two is not.
+            inputs, outputs = inputs.repeat(1, 2, 1), outputs.repeat(1, 2, 1)
+        hidden = torch.bmm(inputs, self.a.transpose(1, 2))
         # In place: y is the base layer's fresh output, and reshape copies where it cannot view.
-        return y.reshape(rows, -1, y.shape[-1]).baddbmm_(hidden, self.bt).reshape(y.shape)
+        return outputs.baddbmm_(hidden, self.bt)[:, :tokens].reshape(y.shape)
 
     def conv(self, x: Tensor, y: Tensor, layer: nn.Conv2d) -> Tensor:
         rows = checked_rows(x, self.bt.shape[0])
