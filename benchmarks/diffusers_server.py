@@ -65,8 +65,9 @@ class Painter(
 ):
     def __init__(self, base: Path, files: list[Path]) -> None:
         self._pipeline = peer_pipeline(base)
-        for file in files:
-            self._load(file, file.stem)
+        self._files = {file.stem: file for file in files}
+        for name, file in self._files.items():
+            self._load(file, name)
         self._turns = Turns()
 
     def _load(self, file: Path, name: str) -> None:
@@ -89,12 +90,29 @@ class Painter(
                 await asyncio.to_thread(self._load, Path(file.name), name)
         return adapter_pb2.ImportAdapterResponse(adapter=adapter_pb2.Adapter(name=name))
 
+    async def LoadAdapter(
+        self, request: adapter_pb2.LoadAdapterRequest, context: object
+    ) -> adapter_pb2.LoadAdapterResponse:
+        name = request.adapter
+        async with self._turns.change():
+            await asyncio.to_thread(self._load, self._files[name], name)
+        return adapter_pb2.LoadAdapterResponse()
+
+    async def UnloadAdapter(
+        self, request: adapter_pb2.UnloadAdapterRequest, context: object
+    ) -> adapter_pb2.UnloadAdapterResponse:
+        await self._forget(request.adapter)
+        return adapter_pb2.UnloadAdapterResponse()
+
     async def DeleteAdapter(
         self, request: adapter_pb2.DeleteAdapterRequest, context: object
     ) -> adapter_pb2.DeleteAdapterResponse:
-        async with self._turns.change():
-            await asyncio.to_thread(self._pipeline.delete_adapters, request.adapter)
+        await self._forget(request.adapter)
         return adapter_pb2.DeleteAdapterResponse()
+
+    async def _forget(self, name: str) -> None:
+        async with self._turns.change():
+            await asyncio.to_thread(self._pipeline.delete_adapters, name)
 
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: object
