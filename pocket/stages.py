@@ -110,7 +110,7 @@ def make_text(plan: Plan, report: Report) -> Figures:
 def make_vae(plan: Plan, report: Report) -> Figures:
     """The VAE in WORK/vae, taught by the whole world whatever part the U-Net is taught. Warm: the base's,
     widened if it is narrower, and wholly or only its decoder."""
-    recipe = SetRecipe("whole", plan.seed - 1, max(64, plan.pictures // 4), 128)
+    recipe = SetRecipe("whole", plan.seed - 1, min(8192, max(64, plan.pictures // 4)), 128)
     pixels, held_out = plan.drawn(recipe).pixels, plan.unseen_set().pixels
     taught = build_vae() if plan.base is None else _warm_vae(plan.base)
     rate = 0.0 if plan.decoder_only else 1.0
@@ -150,7 +150,8 @@ def make_unet(plan: Plan, report: Report) -> Figures:
 
 def make_scorer(plan: Plan, report: Report) -> Figures:
     """The scorer in the model's folder, WORK/model/scorer, or in WORK/scorer where no model was made. It
-    begins at what make_text left; without it, its text half at the base's text encoder."""
+    begins at what make_text left; without it, at the base's scorer; without that, its text half at the text
+    encoder."""
     pictures, unseen = plan.training_set(), plan.unseen_set()
     towers, tokenizer = _scoring_towers(plan)
     classes, size = towers.classes, 64 * plan.batch_scale // count()
@@ -227,6 +228,9 @@ def _scoring_towers(plan: Plan) -> tuple[Towers, CLIPTokenizer]:
     if (made / "clip").exists():
         clip = CLIPModel.from_pretrained(made / "clip", dtype=torch.float32)
         return Towers(clip, classes), CLIPTokenizer.from_pretrained(made / "tokenizer")
+    if plan.base is not None and (warm := plan.base / "scorer").exists():
+        clip = CLIPModel.from_pretrained(warm, dtype=torch.float32)
+        return Towers(clip, classes), CLIPTokenizer.from_pretrained(warm)
     tokenizer, text_encoder = load_text(_made_model(plan))
     return Towers(build_clip(tokenizer, like=text_encoder), classes), tokenizer
 

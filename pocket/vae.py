@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention
@@ -106,7 +107,8 @@ class VaeTask:
         """`pixels`: uint8 [n, s, s, 3], s at least the VAE's own size; `encoder_rate`: the encoder's share of
         the learning rate, 0 to leave it (and so the latents) as it is."""
         self.network: nn.Module = vae
-        self._vae, self._pixels, self._encoder_rate = vae.to(device()), pixels, encoder_rate
+        self._vae, self._encoder_rate = vae.to(device()), encoder_rate
+        self._shown = {side: _shrunk(pixels, side) for side in (64, 40)}
         self._batch_size, self._kl_weight = batch_size, kl_weight
         vae.to(memory_format=torch.channels_last)
         for half in (vae.encoder, vae.quant_conv):
@@ -119,7 +121,7 @@ class VaeTask:
         return [(self._encoder_rate, encoder), (1.0, decoder)]
 
     def losses(self, batch: Batch, generator: torch.Generator) -> Losses:
-        pixels = batch["pixels"].contiguous(memory_format=torch.channels_last)
+        pixels = as_floats(batch["pixels"]).contiguous(memory_format=torch.channels_last)
         with autocast():
             posterior = self._vae.encode(pixels).latent_dist
             # A U-Net never hits a latent exactly; the decoder learns to forgive.
@@ -134,19 +136,17 @@ class VaeTask:
         return {"loss": loss, "mse": squared, "kl": kl}
 
     def batch(self, generator: torch.Generator) -> Batch:
-        """ "pixels" [b, 3, 32, 32] in -1..1, from pictures shown at 64 pixels or, for finer marks, at 40;
+        """Bytes [b, 32, 32, 3] as "pixels", from pictures shown at 64 pixels or, for finer marks, at 40;
         sometimes mirrored, sometimes with the colour channels exchanged."""
-        chosen = torch.randint(len(self._pixels), (self._batch_size,), generator=generator)
-        whole = torch.from_numpy(self._pixels[chosen.numpy()]).permute(0, 3, 1, 2).float() / 127.5 - 1
         side = 40 if torch.rand((), generator=generator) < 0.25 else 64
-        if side != whole.shape[-1]:
-            whole = F.interpolate(whole, (side, side), mode="area")
+        whole = self._shown[side]
+        chosen = torch.randint(len(whole), (self._batch_size,), generator=generator)
         row, column = (torch.randint(side - _CROP + 1, (2,), generator=generator) // 4 * 4).tolist()
-        crops = whole[:, :, row : row + _CROP, column : column + _CROP]
+        crops = whole[chosen, row : row + _CROP, column : column + _CROP]
         if torch.rand((), generator=generator) < 0.5:
-            crops = crops.flip(3)
+            crops = crops.flip(2)
         if torch.rand((), generator=generator) < 0.25:
-            crops = crops[:, torch.randperm(3, generator=generator)]
+            crops = crops[..., torch.randperm(3, generator=generator)]
         return {"pixels": crops}
 
 
@@ -205,6 +205,17 @@ def set_scaling_factor(vae: AutoencoderKL, pixels: Pixels) -> None:
 def load_vae(folder: Path) -> AutoencoderKL:
     """The VAE of a pipeline's folder, in float32."""
     return AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)
+
+
+def _shrunk(pixels: Pixels, side: int) -> Tensor:
+    """Bytes [n, s, s, 3], averaged down to [n, side, side, 3]."""
+    if pixels.shape[1] == side:
+        return torch.from_numpy(pixels.copy())
+    blocks = [
+        F.interpolate(torch.from_numpy(block.copy()).permute(0, 3, 1, 2).float(), (side, side), mode="area")
+        for block in np.array_split(pixels, -(-len(pixels) // 256))
+    ]
+    return torch.cat([block.round().byte() for block in blocks]).permute(0, 2, 3, 1).contiguous()
 
 
 def _slopes(pixels: Tensor) -> tuple[Tensor, Tensor]:
