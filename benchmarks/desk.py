@@ -73,9 +73,9 @@ class Desk:
             if failed := [event for event in self._events if isinstance(event, JobFailed)]:
                 raise RuntimeError(failed[0].message)
         pictures: dict[str, list[bytes]] = {job.id: [] for job in jobs}
-        for event in self._events:
-            if isinstance(event, ImageReady):
-                pictures[event.job_id].append(event.data)
+        ready = [event for event in self._events if isinstance(event, ImageReady)]
+        for event in sorted(ready, key=lambda event: event.index):
+            pictures[event.job_id].append(event.data)
         return pictures
 
 

@@ -107,12 +107,11 @@ class Generations:
         generation = self.live[task.job.id]
         task.decoded = True
         job = generation.job
-        generation.decode_seconds += picture.decode_seconds
-        generation.image_encode_seconds += picture.encode_seconds
+        generation.decode_seconds += picture.decode.seconds
+        generation.image_encode_seconds += picture.encode.seconds
         generation.images_left -= 1
-        encoding = picture.ended - picture.encode_seconds
-        self._tell(generation, "decode", encoding - picture.decode_seconds, encoding, image=task.index)
-        self._tell(generation, "image_encode", encoding, picture.ended, image=task.index)
+        for name, took in (("decode", picture.decode), ("image_encode", picture.encode)):
+            self._tell(generation, name, took.began, took.ended, image=task.index)
         self.emit(Sample("images_total", 1.0))
         self.emit(ImageReady(job.id, task.index, task.seed, job.image_format.mime_type, picture.data))
         if generation.images_left:

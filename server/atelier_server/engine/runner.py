@@ -35,13 +35,24 @@ class Published:
 
 
 @dataclass(frozen=True, slots=True)
+class Took:
+    """When something was done, on the monotonic clock."""
+
+    began: float = 0.0
+    ended: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.began
+
+
+@dataclass(frozen=True, slots=True)
 class Decoded:
     """A finished picture as a file, or why there is none."""
 
     data: bytes
-    decode_seconds: float = 0.0
-    encode_seconds: float = 0.0
-    ended: float = 0.0  # monotonic
+    decode: Took = Took()
+    encode: Took = Took()
     error: Exception | None = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -15,16 +16,18 @@ from atelier_server.diffusion.base import BaseModel
 from atelier_server.diffusion.images import encode_picture
 from atelier_server.diffusion.outlook import LatentColours
 from atelier_server.diffusion.trajectory import Trajectory
-from atelier_server.engine.runner import Decoded
+from atelier_server.engine.runner import Decoded, Took
 from atelier_server.engine.scheduler import ImageTask
 from atelier_server.errors import NonfiniteImage
 from atelier_server.receipt import receipt
 
+# Of large pictures a file takes longer than its decoding on a GPU, and the libraries let go of Python's lock.
+_ENCODERS = min(4, os.cpu_count() or 1)
+
 
 class Darkroom:
-    """One thread for finished pictures, in the order in which they come, and one for previews.
-
-    A preview that comes while one is being made is dropped: they must not pile up.
+    """One thread decodes finished pictures, in the order in which they come; a few make files of them, in any
+    order. One makes previews: one that comes while another is being made is dropped, they must not pile up.
     """
 
     def __init__(self, base: BaseModel, info: BaseInfo) -> None:
@@ -34,13 +37,14 @@ class Darkroom:
         cuda = base.device.type == "cuda"
         self._stream = torch.cuda.Stream(base.device) if cuda else None  # type: ignore[no-untyped-call]
         self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decoder")
+        self._encoder = ThreadPoolExecutor(max_workers=_ENCODERS, thread_name_prefix="encoder")
         self._previewer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="previewer")
         self._previewing: set[int] = set()  # by arrival
 
     def decode(
         self, task: ImageTask, latents: Tensor, done: Callable[[Decoded], None], *, tiled: bool
     ) -> None:
-        """`done` is called from the thread, also with an error."""
+        """`done` is called from one of the threads, also with an error."""
         self._decoder.submit(self._decode, task, latents, done, tiled)
 
     def preview(self, task: ImageTask, trajectory: Trajectory, done: Callable[[bytes], None]) -> None:
@@ -60,7 +64,7 @@ class Darkroom:
             self._previewer.submit(glance)
 
     def _decode(self, task: ImageTask, latents: Tensor, done: Callable[[Decoded], None], tiled: bool) -> None:
-        began = decoded = monotonic()
+        began = monotonic()
         try:
             with self._beside(latents):
                 pixels = self._base.decode_latents(latents, tiled=tiled)
@@ -68,14 +72,20 @@ class Darkroom:
                 raise NonfiniteImage(
                     "the picture has values that are not finite: lower the guidance or weights"
                 )
-            decoded = monotonic()
+        except Exception as error:
+            done(Decoded(b"", error=error))
+        else:
+            self._encoder.submit(self._encode, task, pixels, done, Took(began, monotonic()))
+
+    def _encode(self, task: ImageTask, pixels: Tensor, done: Callable[[Decoded], None], decode: Took) -> None:
+        began = monotonic()
+        try:
             made = receipt(task.job, self._info, seed=task.seed, num_images=1, buckets=task.buckets)
             data = encode_picture(pixels, task.job.image_format, made.embedded())
         except Exception as error:
             done(Decoded(b"", error=error))
         else:
-            ended = monotonic()
-            done(Decoded(data, decoded - began, ended - decoded, ended))
+            done(Decoded(data, decode, Took(began, monotonic())))
 
     def _beside(self, latents: Tensor) -> AbstractContextManager[object]:
         """On a GPU a stream of its own: decoding does not hold up the next step, nor wait for it."""
