@@ -12,9 +12,9 @@ from transformers import CLIPModel, CLIPProcessor
 
 import atelier_server.pocket
 from pocket.canvas import COLORS
-from pocket.captions import Attributes, plainly
-from pocket.data import PictureSet
-from pocket.labels import answers, classes_of, exchanged, mistaken
+from pocket.captions import Attributes
+from pocket.data import PictureSet, SetRecipe, draw_block
+from pocket.labels import classes_of, exchanged, mistaken
 from pocket.scorer import Scorer, save_scorer, zero_shot
 from pocket.text import Towers, build_clip, load_text
 from pocket.world import SMALL, paint
@@ -48,15 +48,12 @@ def test_transformers_loads_it_and_says_the_same(scorer: Scorer) -> None:
     assert scorer.text_similarity(pictures, ["a red octopus"]) == pytest.approx([cosine], abs=1e-5)
 
 
-@pytest.mark.parametrize("question", ["color", "background", "style"])
-def test_it_answers_from_captions_alone(scorer: Scorer, question: str) -> None:
-    """Fresh pictures of the world, an answer each: most are told apart from all other answers."""
-    shown = [exchanged(OCTOPUS, question, answer) for answer in CLASSES[question]]
-    pixels = np.stack([np.asarray(_painted(facts, seed)) for seed, facts in enumerate(shown)])
-    pictures = PictureSet(pixels, tuple(map(plainly, shown)), tuple(shown))
-    share, asked = zero_shot(scorer, pictures, CLASSES)[question]
-    assert asked == len([facts for facts in shown if answers(facts)[question] is not None])
-    assert share > 0.5
+def test_it_answers_every_question_from_captions_alone(scorer: Scorer) -> None:
+    """Of captions that differ in one answer the right one is nearest, on pictures that no training saw."""
+    pixels, captions, attributes = draw_block(SetRecipe("small", 777, 192), 0, 192)
+    asked = zero_shot(scorer, PictureSet(pixels, tuple(captions), tuple(attributes)), CLASSES)
+    # The gate, 0.9, is measured on 512 pictures; expressions are asked about a third of these.
+    assert all(share > 0.85 for share, _ in asked.values()), asked
 
 
 def test_alike_pictures_are_nearer_than_others(scorer: Scorer) -> None:
