@@ -79,8 +79,15 @@ def record_of(message: Message) -> type[Any]:
 def decode(kind: type[Record], message: Message, **more: Any) -> Record:
     """The record of a message; `more` are fields of the record that the message does not have."""
     known = message.DESCRIPTOR.fields_by_name
-    names = [field.name for field in fields(kind) if field.name in known and field.name not in more]
-    return kind(**more, **{name: _read(message, known[name]) for name in names})
+    wanted = {field.name: field.default is None for field in fields(kind) if field.name in known}
+    return kind(
+        **more,
+        **{
+            name: _read(message, known[name], optional)
+            for name, optional in wanted.items()
+            if name not in more
+        },
+    )
 
 
 def decode_time(time: Timestamp) -> datetime:
@@ -117,12 +124,12 @@ def _prefix(enum: Enum) -> str:
     return str(enum.values[0].name).removesuffix("UNSPECIFIED")
 
 
-def _read(message: Message, field: Field) -> Any:
+def _read(message: Message, field: Field, optional: bool) -> Any:
     value = getattr(message, field.name)
     if field.message_type is not None and field.message_type.GetOptions().map_entry:
         return dict(value)
     absent = field.has_presence and not message.HasField(field.name)
-    if absent and (field.message_type is None or isinstance(value, Timestamp)):
+    if absent and (optional or field.message_type is None or isinstance(value, Timestamp)):
         return None
     return _list(field, value)
 

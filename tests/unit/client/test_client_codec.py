@@ -137,6 +137,15 @@ def test_an_enum_value_from_the_future_is_unspecified() -> None:
     assert record.state is atelier.TrainingState.UNSPECIFIED
 
 
+def test_an_adapter_that_was_trained_here_has_no_report_of_an_import() -> None:
+    trained = adapter_pb2.Adapter(name="otto", version=1)
+    assert wire.decode(atelier.Adapter, trained).report is None
+    trained.report.format = "kohya"
+    report = wire.decode(atelier.Adapter, trained).report
+    assert report is not None
+    assert report.format == "kohya"
+
+
 def test_server_info_of_an_empty_answer_is_whole() -> None:
     info = wire.decode(atelier.ServerInfo, server_pb2.GetServerInfoResponse())
     assert not info.ready
