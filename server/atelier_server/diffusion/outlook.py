@@ -11,6 +11,8 @@ from torch import Tensor
 from atelier_server.diffusion.base import BaseModel
 
 _CHART_PIXELS = 256
+# Softer than a picture's edges: what a VAE makes of an edge is not a matter of one latent's colour.
+_PATCH_LATENTS = 8
 # Below this share of signal a noise prediction says nothing of the picture.
 _LEAST_SIGNAL = 1e-4
 
@@ -61,7 +63,8 @@ class LatentColours:
         scale = base.latent_scale
         side = min(base.native_width, base.native_height, _CHART_PIXELS) // scale * scale
         generator = torch.Generator().manual_seed(0)
-        patches = torch.rand((1, 3, side // scale // 2 + 1, side // scale // 2 + 1), generator=generator)
+        patches_across = max(side // scale // _PATCH_LATENTS, 2) + 1
+        patches = torch.rand((1, 3, patches_across, patches_across), generator=generator)
         chart = F.interpolate(patches, size=(side, side), mode="bilinear")
         latents = base.encode_image(chart[0] * 2 - 1)[0].float().cpu()
         colours = F.avg_pool2d(chart, scale)[0].flatten(1).T
