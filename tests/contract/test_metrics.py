@@ -38,6 +38,13 @@ async def fall(service: Service, name: str, **labels: str) -> None:
             await asyncio.sleep(0.01)
 
 
+async def appear(service: Service, name: str, **labels: str) -> None:
+    """Waits until a gauge has been told once."""
+    async with asyncio.timeout(30):
+        while value(service, name, **labels) is None:  # noqa: ASYNC110 - a gauge has no event
+            await asyncio.sleep(0.01)
+
+
 async def test_metrics_are_served_over_http(start: Start) -> None:
     service = await start(metrics_port=0)
     url = f"http://127.0.0.1:{service.application.metrics_port}/metrics"
@@ -50,6 +57,8 @@ async def test_metrics_are_served_over_http(start: Start) -> None:
 @pytest.mark.parametrize("method", HOSTILE)
 async def test_what_a_client_writes_is_no_series(service: Service, method: str) -> None:
     await service.generate("a")
+    # The worker's first heartbeat brings its memory's series, whoever calls.
+    await appear(service, "atelier_vram_bytes", device="cpu", kind="total")
     before = names(service)
     channel = service.channel
     call = channel.unary_unary(method, request_serializer=bytes, response_deserializer=bytes)
