@@ -30,7 +30,11 @@ METHODS = ("lora", "textual-inversion", "dreambooth")
 STEPS, GUIDANCE = 30, 3.0
 SEEDS = tuple(range(100, 108))
 _RATES = {"lora": 1e-3, "textual-inversion": 2e-2, "dreambooth": 1e-4}
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+# Attention alone would do for a new style; what a figure is made of, and where, sits in the convolutions.
+_TARGETS = [
+    *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
+]
 PROMPTS = (
     "a {} on a beach",
     "a {} in the snow",
@@ -79,8 +83,9 @@ def teach(
 ) -> list[float]:
     """Changes the pipeline in place; returns the loss of each step.
 
-    LoRA: rank 8, alpha 8, on the U-Net's attention. Textual inversion: the embedding of a new word `<sks>`,
-    begun at the known word's; captions must hold it (see `with_new_word`). DreamBooth: the whole U-Net.
+    LoRA: rank 8, alpha 8, on the U-Net's attention, feed-forward layers and convolutions. Textual inversion:
+    the embedding of a new word `<sks>`, begun at the known word's; captions must hold it (see
+    `with_new_word`). DreamBooth: the whole U-Net.
     """
     torch.manual_seed(seed)  # what PEFT begins an adapter from
     pipeline.vae.requires_grad_(False)
@@ -140,7 +145,7 @@ def _loss(
 
 
 def _lora(pipeline: StableDiffusionPipeline) -> list[nn.Parameter]:
-    pipeline.unet.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=list(_ATTENTION)))
+    pipeline.unet.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=_TARGETS))
     return [parameter for parameter in pipeline.unet.parameters() if parameter.requires_grad]
 
 
