@@ -77,11 +77,15 @@ class Aside:
         self._ended = threading.Event()
 
     def submit(self, command: AsideCommand) -> None:
+        """Begins a call, or lets it wait for its turn. From any thread."""
+        executor = self._executor
         if isinstance(command, ExtractAdapter):
             self._waited_for.add(command.call_id)
-            self._long.submit(self._call, command)
-        else:
-            self._executor.submit(self._call, command)
+            executor = self._long
+        try:
+            executor.submit(self._call, command)
+        except RuntimeError:  # it has been shut down
+            self._send(self._failure(command.call_id, _ending()))
 
     def abandon(self, call_id: str) -> None:
         """Nobody waits for this call any more."""

@@ -12,7 +12,7 @@ from queue import Empty, SimpleQueue
 from time import monotonic
 
 from atelier_server.core import CheckpointId, GenerationJob, TrainingJob
-from atelier_server.engine.aside import Aside, DeviceWork
+from atelier_server.engine.aside import Aside, AsideCommand, DeviceWork
 from atelier_server.engine.failures import Failures
 from atelier_server.engine.generations import Generations
 from atelier_server.engine.loading import Loading
@@ -124,6 +124,13 @@ class Loop:
         self._loading = Loading(self.residency, runner=runner, send=emit, in_use=self._in_use)
 
     # -------------------------------------------------------------------------------------------- the loop
+    def put(self, message: Message) -> None:
+        """From any thread. What is done beside the loop begins at once; all else waits for the next step."""
+        if isinstance(message, AsideCommand):
+            self._aside.submit(message)
+        else:
+            self._inbox.put(message)
+
     def run(self) -> None:
         while not (self._draining and not self.generations.live):
             self.turn()

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 from collections import deque
+from collections.abc import Callable
 from queue import SimpleQueue
 from typing import BinaryIO
 
@@ -83,12 +84,11 @@ class Outbox:
                 return  # the front has gone; the reader ends the process
 
 
-def _read(stream: BinaryIO, inbox: SimpleQueue[Message]) -> None:
-    """Moves commands to the inbox. Without a front there is nobody to work for: the process ends at once."""
+def _read(stream: BinaryIO, deliver: Callable[[Command], None]) -> None:
+    """Hands commands over. Without a front there is nobody to work for: the process ends at once."""
     try:
         while True:
-            command: Command = wire.read(stream)
-            inbox.put(command)
+            deliver(wire.read(stream))
     except EOFError:
         _log.warning("the front has gone; the worker ends")
         os._exit(0)
@@ -155,7 +155,12 @@ def serve(connection: socket.socket) -> int:
     logs.configure(settings.log_format, settings.log_level, "worker")
     outbox = Outbox(connection)
     inbox: SimpleQueue[Message] = SimpleQueue()
-    threading.Thread(target=_read, args=(stream, inbox), name="inbox", daemon=True).start()
+    loop: Loop | None = None
+
+    def deliver(command: Command) -> None:
+        (loop or inbox).put(command)
+
+    threading.Thread(target=_read, args=(stream, deliver), name="inbox", daemon=True).start()
     try:
         runner = TorchRunner(settings)
     except Exception as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 
@@ -12,7 +12,9 @@ import pytest
 from atelier_server.core import AdapterUse, CheckpointId
 from atelier_server.engine.aside import DeviceWork
 from atelier_server.engine.loop import Loop, Message
+from atelier_server.engine.runner import OnDevice
 from atelier_server.engine.samples import SampleDefaults
+from atelier_server.engine.scheduler import ImageTask
 from atelier_server.errors import ServerDraining
 from atelier_server.messages import (
     AbandonCall,
@@ -28,7 +30,7 @@ from atelier_server.messages import (
     ImportAdapter,
     Submit,
 )
-from atelier_server.report import ImportTerms, PublishAs
+from atelier_server.report import AdapterReport, ImportTerms, PublishAs
 from tests.fakes import FakeRunner, generation, use
 
 
@@ -67,6 +69,51 @@ def test_what_an_import_tries_is_done_between_the_steps_of_a_picture() -> None:
     [imported] = [event for event in desk.events if isinstance(event, AdapterImported)]
     assert imported.report.probe == 0.5
     assert any(isinstance(event, GenerationCompleted) for event in desk.events)
+
+
+class Stuck(FakeRunner):
+    """In the middle of a step until an import has been read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stepping, self.reading = threading.Event(), threading.Event()
+
+    def denoise(
+        self, tasks: Sequence[ImageTask], bucket: int, slots: Mapping[CheckpointId, int]
+    ) -> list[bool]:
+        self.stepping.set()
+        assert self.reading.wait(30)
+        return super().denoise(tasks, bucket, slots)
+
+    def import_adapter(
+        self, path: str, name: str, new_version: bool, terms: ImportTerms, on_device: OnDevice
+    ) -> tuple[CheckpointId, AdapterReport]:
+        self.reading.set()
+        return super().import_adapter(path, name, new_version, terms, on_device)
+
+
+def test_a_call_beside_the_loop_does_not_wait_for_the_step_in_hand() -> None:
+    runner = Stuck()
+    with ThreadPoolExecutor(1) as aside, ThreadPoolExecutor(1) as front:
+        desk = Desk(aside, runner)
+        desk.loop.put(Submit(generation("a")))
+
+        def ask() -> None:
+            assert runner.stepping.wait(30)
+            desk.loop.put(ImportAdapter("1", "f", "n", False, ImportTerms()))
+
+        front.submit(ask)
+        desk.loop.run()
+    assert any(isinstance(event, AdapterImported) for event in desk.events)
+
+
+def test_a_call_that_comes_after_the_end_is_refused() -> None:
+    desk = Desk(ThreadPoolExecutor(1))
+    desk.loop.put(Drain())
+    desk.loop.run()
+    desk.loop.put(ImportAdapter("1", "f", "n", False, ImportTerms()))
+    [refused] = [event for event in desk.events if isinstance(event, CallFailed)]
+    assert (refused.call_id, refused.reason) == ("1", "SERVER_DRAINING")
 
 
 @pytest.mark.parametrize("first", ["import", "drain"])
