@@ -234,13 +234,13 @@ class Metrics:
             self.observe(Sample("training_jobs", counts.get(state, 0), (state.value,)))
 
     def stored_checkpoints(self, count: int) -> None:
-        """Counted anew; between two countings `checkpoint_stored` adds."""
+        """Counted anew, which reads the whole store; between two countings `stored_changed` keeps up."""
         self.observe(Sample("adapters_resident", count, ("disk",)))
 
-    def checkpoint_stored(self) -> None:
-        series = self._series(Sample("adapters_resident", 1, ("disk",)))
+    def stored_changed(self, by: int) -> None:
+        series = self._series(Sample("adapters_resident", by, ("disk",)))
         assert isinstance(series, Gauge)
-        series.inc()
+        series.inc(by)
 
     # ----------------------------------------------------------------------------------------- the worker
     def worker_ready(self) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from atelier.v1 import adapter_pb2 as pb
 from atelier_server.jobs import wardrobe
+from atelier_server.jobs.checkpoints import count_checkpoints
 from atelier_server.jobs.wardrobe import Wardrobe
 from tests.contract.harness import Service, Start, import_requests, refused
 
@@ -108,6 +109,27 @@ async def test_a_deletion_is_undone(service: Service) -> None:
     assert [a.version for a in back.adapters] == [2]
     assert await names(service, all_versions=True) == ["guest"]
     assert (await adopt(service, "guest", b"third", new_version=True)).version == 3
+
+
+async def test_the_gauge_of_what_is_stored_keeps_up(service: Service) -> None:
+    application = service.application
+
+    def stored() -> tuple[float | None, int]:
+        labels = {"tier": "disk"}
+        told = application.metrics.registry.get_sample_value("atelier_adapters_resident", labels)
+        return told, count_checkpoints(application._store)
+
+    await service.train(max_train_steps=20, checkpointing_steps=10)
+    await adopt(service, "guest")
+    await adopt(service, "guest", b"other", new_version=True)
+    assert stored() == (4, 4)
+    await service.adapters.DeleteAdapter(pb.DeleteAdapterRequest(adapter="guest@v1"))
+    assert stored() == (3, 3)
+    await service.adapters.DeleteAdapter(pb.DeleteAdapterRequest(adapter="guest"))
+    await service.adapters.DeleteAdapter(pb.DeleteAdapterRequest(adapter="otto"))
+    assert stored() == (0, 0)
+    await service.adapters.UndeleteAdapter(pb.UndeleteAdapterRequest(adapter="otto"))
+    assert stored() == (2, 2)
 
 
 async def test_what_was_deleted_long_ago_is_removed(start: Start) -> None:

@@ -68,7 +68,7 @@ class Checkpoints:
         if told.step not in run.checkpoints:
             await self._log.append(run.id, told, step=told.step)
             run.checkpoints.add(told.step)
-            self._metrics.checkpoint_stored()
+            self._metrics.stored_changed(1)
 
     async def painted(self, run: Run, event: SampleReady) -> None:
         """Keeps a sample picture; that of the first prompt is shown in lists as well."""

@@ -189,7 +189,7 @@ class Wardrobe:
         # In turn with trainings: none may begin to write what is being deleted.
         checkpoints = await self._trainings.in_turn(delete)
         self._pins.release(checkpoints)
-        await self._count()
+        self._metrics.stored_changed(-len(checkpoints))
         if checkpoints and self._calls.ready:
             # A later adapter may get the same name, version and step: no slot may still hold the old one.
             with suppress(WorkerLost):  # its slots die with it
@@ -228,11 +228,12 @@ class Wardrobe:
         return await asyncio.to_thread(collect)
 
     async def keep_house(self) -> None:
-        """Collects now and every hour, for as long as the server lives."""
+        """Collects and counts now and every hour, for as long as the server lives."""
         while True:
             try:
                 await asyncio.to_thread(self.uploads.partial.expire)
                 done = await self.collect()
+                await self._count()
                 if done.versions or done.files:
                     _log.info("removed %d deleted versions and %d files", len(done.versions), done.files)
             except (AtelierError, OSError) as error:
@@ -287,7 +288,7 @@ class Wardrobe:
 
     async def published(self, checkpoint: CheckpointId) -> Listed:
         """The version of a checkpoint that the worker has just published."""
-        await self._count()
+        self._metrics.stored_changed(1)
         return await self.show(AdapterRef(checkpoint.name, f"v{checkpoint.version}"))
 
     @asynccontextmanager
