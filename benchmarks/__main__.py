@@ -1,6 +1,6 @@
 """`python -m benchmarks NAME [--quick]`: prints a table and writes benchmarks/results/NAME.json.
 
-`python -m benchmarks real_size --help` tells what else the one on a GPU takes.
+`gpu` writes benchmarks/results/gpu/FAMILY.json; `python -m benchmarks gpu --help` tells what else it takes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NAMES = (
     "load",
 )
 # Processes of their own, with all cores; they skip themselves where there is no GPU.
-GPU_NAMES = ("real_size",)
+GPU_NAMES = ("gpu",)
 
 
 def main() -> int:

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import harness, real_size
+from benchmarks import gpu, harness
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_and_fails_nothing(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert real_size.main(["--out", str(tmp_path)]) == 0
+    assert gpu.main(["--out", str(tmp_path)]) == 0
     assert "skipped" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 

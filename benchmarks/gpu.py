@@ -1,7 +1,7 @@
 """SD 1.5 at 512 and SDXL at 1024 pixels, real widths with random weights, on a CUDA GPU.
 
-    python -m benchmarks real_size --family sd15 --out FOLDER
-    python -m benchmarks real_size --family sdxl --parts pictures forward
+    python -m benchmarks gpu --family sd15 --out FOLDER
+    python -m benchmarks gpu --family sdxl --parts pictures forward
 
 Every row is written as soon as it is there, so that a run that is cut off leaves what it has measured.
 """
@@ -45,16 +45,16 @@ _Rows = list[list[tuple[int, float]]]
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks real_size", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=__doc__)
     parser.add_argument("--family", choices=tuple(BASES), nargs="*", default=tuple(BASES))
     parser.add_argument("--parts", choices=PARTS, nargs="*", default=PARTS)
-    parser.add_argument("--out", type=Path, help="a folder for the results instead of benchmarks/results")
+    parser.add_argument("--out", type=Path, help="a folder for the results instead of benchmarks/results/gpu")
     parser.add_argument("--pairs", type=int, default=2, help="of pictures; forwards are cheap and many")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--quick", action="store_true", help="tiny widths, on the CPU where there is no GPU")
     chosen = parser.parse_args(arguments)
     if not torch.cuda.is_available() and not chosen.quick:
-        print("real_size: skipped, torch finds no CUDA GPU here", flush=True)
+        print("gpu: skipped, torch finds no CUDA GPU here", flush=True)
         return 0
     diffusers.utils.logging.set_verbosity_error()  # it warns of every file without text encoders
     missed = False
@@ -83,8 +83,8 @@ class RealSize:
         self._forwards = 1 if self._quick else 15
         self._pixels = 64 if self._quick else base.pixels
         # A quick run says nothing of anything: it is kept only where it is asked for.
-        self._out: Path | None = chosen.out or (None if self._quick else RESULTS)
-        self._name = "_".join((f"real_size_{base.name}", *(p for p in self._parts if self._parts != PARTS)))
+        self._out: Path | None = chosen.out or (None if self._quick else RESULTS / "gpu")
+        self._name = "_".join((base.name, *(p for p in self._parts if self._parts != PARTS)))
         self._told = count()  # no prompt comes twice: ours keeps what it has heard
         self._sequential: list[float] = []  # images/s of the peer, one picture after the other
 
