@@ -196,6 +196,8 @@ def load_base(
     target = torch.device(_resolve_device(device))
     loaded = load_pipeline(reference, _DTYPES[_resolve_dtype(dtype, target)])
     pipeline, sha256 = loaded.pipeline, digest(loaded.files)
+    # It decodes one picture at a time; the U-Net stays as it is: its rows heard of their neighbours in this.
+    pipeline.vae.to(memory_format=torch.channels_last)
     if quantization:
         quantize(pipeline.unet, quantization, target)
         # Other weights, and so another base.

@@ -134,3 +134,14 @@ def test_text_and_pictures_are_encoded_alone(base: BaseModel) -> None:
     pixels = base.decode_latents(mean)
     assert pixels.shape == (3, 64, 64)
     assert float((pixels - 0.5).abs().mean()) < 0.1
+
+
+def test_the_vae_has_its_channels_last_and_decodes_the_same(base: BaseModel) -> None:
+    weight = base.vae.decoder.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+    latents = torch.randn(base.latent_shape(64, 64), generator=torch.Generator().manual_seed(0))
+    vae = StableDiffusionPipeline.from_pretrained(pocket.path(), dtype=torch.float32).vae
+    with torch.no_grad():
+        plain = vae.decode(latents[None] / vae.config.scaling_factor).sample[0] / 2 + 0.5
+    torch.testing.assert_close(base.decode_latents(latents), plain.clamp(0, 1), atol=1e-4, rtol=0)
