@@ -153,7 +153,9 @@ class BaseModel:
         with self.at_work("vae"):
             posterior = self.vae.encode(pixels[None].to(self.device, self.vae.dtype)).latent_dist
         shift, scale = self._latent_units()
-        return (posterior.mean[0] - shift) * scale, posterior.std[0] * scale
+        # The VAE's channels are last. One such row would turn a whole batch of the U-Net's, and so its bits.
+        mean, std = posterior.mean[0].contiguous(), posterior.std[0].contiguous()
+        return (mean - shift) * scale, std * scale
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor, *, tiled: bool = False) -> Tensor:

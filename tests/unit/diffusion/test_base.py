@@ -131,6 +131,8 @@ def test_text_and_pictures_are_encoded_alone(base: BaseModel) -> None:
     assert torch.equal(once, base.encode_prompt("a red octopus").states)
     mean, std = base.encode_image(torch.zeros(3, 64, 64))
     assert mean.shape == std.shape == base.latent_shape(64, 64)
+    assert mean.is_contiguous()  # the layout of one row is that of its whole batch
+    assert std.is_contiguous()
     pixels = base.decode_latents(mean)
     assert pixels.shape == (3, 64, 64)
     assert float((pixels - 0.5).abs().mean()) < 0.1
