@@ -109,6 +109,7 @@ class FakeRunner:
         self.place = Place()  # of every training
         self.micro_steps = 1
         self.denoise_error: Exception | None = None
+        self.odd: Callable[[GenerationJob], bool] = lambda job: False
         self.memory_rows = 16  # rows that a forward has memory for
         self.memory_trainings = 16  # and trainings
 
@@ -125,6 +126,8 @@ class FakeRunner:
         if self.denoise_error:
             error, self.denoise_error = self.denoise_error, None
             raise error
+        if any(self.odd(task.job) for task in tasks):
+            raise RuntimeError("odd")
         if bucket > self.memory_rows:
             raise MemoryError
         assert sum(task.rows for task in tasks) <= bucket

@@ -258,10 +258,11 @@ class Loop:
         return True
 
     def _batch_failed(self, batch: DenoiseBatch, error: Exception) -> None:
-        """A step that failed fails the requests in it, and nothing else.
+        """A step that failed fails the request whose fault it is, and nothing else.
 
-        Out of memory is nobody's fault while the forward can be made smaller: its pictures stand where they
-        stood, and are scheduled anew. Where it cannot, those that need the whole forward fail.
+        Its pictures stand where they stood. Out of memory is nobody's fault while the forward can be made
+        smaller; where it cannot, those that need the whole forward fail. Of any other error the requests of
+        the forward are tried alone.
         """
         failing = {task.job.id for task in batch.tasks}
         if (memory := self._failures.out_of_memory(error, "generate")) is not None:
@@ -270,6 +271,9 @@ class Loop:
                 return
             if strict := {task.job.id for task in batch.tasks if task.job.bucket}:
                 failing = strict
+        elif self.scheduler.part(batch):
+            _log.warning("a forward of %d requests failed; each is tried alone", len(failing), exc_info=error)
+            return
         for job_id in failing:
             self._fail(job_id, error)
 

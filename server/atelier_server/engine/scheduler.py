@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 from itertools import count
 
@@ -155,6 +155,18 @@ class Scheduler:
         if batch.bucket == ROW_BUCKETS[0] or any(task.job.bucket for task in batch.tasks):
             return False
         self._too_large[batch.tasks[0].job.width, batch.tasks[0].job.height] = batch.bucket
+        return True
+
+    def part(self, batch: DenoiseBatch) -> bool:
+        """The batch failed, and it is not known on whose account. True if it was of several requests: each
+        goes on alone from here; False where it is the fault of the only one.
+        """
+        together = {task.job.id for task in batch.tasks}
+        if len(together) == 1:
+            return False
+        for task in self._tasks:
+            if task.job.id in together:
+                task.job = replace(task.job, alone=True)
         return True
 
     def submit_training(

@@ -87,7 +87,7 @@ def test_a_drain_leaves_them_for_the_next_worker() -> None:
 
 def test_one_that_cannot_be_painted_fails_the_training() -> None:
     desk = Desk().send(Submit(taught()))
-    desk.runner.denoise_error = ValueError("broken")
+    desk.runner.odd = lambda job: True
     desk = turned(desk, JobFailed)
     (failure,) = desk.of(JobFailed)
     assert failure.job_id == "otto-1"  # type: ignore[union-attr]

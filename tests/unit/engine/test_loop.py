@@ -184,6 +184,15 @@ def test_out_of_memory_fails_only_what_cannot_be_made_smaller() -> None:
     assert desk.of(JobFailed)[-1].job_id == "alone"
 
 
+def test_what_fails_in_a_shared_forward_fails_alone() -> None:
+    desk = Desk()
+    desk.runner.odd = lambda job: job.id == "b"
+    desk.send(*(Submit(generation(name, num_images=2)) for name in "abc")).until(3)
+    assert [(e.job_id, e.reason) for e in desk.of(JobFailed)] == [("b", "INTERNAL")]
+    assert {e.job_id for e in desk.of(GenerationCompleted)} == {"a", "c"}
+    assert desk.runner.progress == {}
+
+
 @pytest.mark.parametrize(
     ("error", "reason"), [(MemoryError(), "OUT_OF_MEMORY"), (RuntimeError("odd"), "INTERNAL")]
 )

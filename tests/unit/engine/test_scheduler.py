@@ -108,6 +108,18 @@ def test_a_strict_forward_cannot_be_made_smaller() -> None:
     assert not desk.shrink(batch(desk))
 
 
+def test_requests_whose_forward_failed_are_alone_from_then_on() -> None:
+    desk = scheduler()
+    for name in "ab":
+        desk.submit(generation(name, num_images=3))
+    assert desk.part(shared := batch(desk))
+    assert len(set(jobs(shared))) == 2
+    desk.submit(generation("c"))
+    apart = [batch(desk) for _ in range(6)]
+    assert {frozenset(jobs(one)) for one in apart} == {frozenset("a"), frozenset("b"), frozenset("c")}
+    assert not any(desk.part(one) for one in apart)
+
+
 def test_a_forward_has_no_more_rows_than_fit_the_memory() -> None:
     desk = Scheduler(Residency(8), row_limit=lambda width, height: 64 * 64 * 7 // (width * height))
     desk.submit(generation("a", num_images=20))
