@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import TypeAlias
 
 from atelier.v1 import generation_pb2
@@ -59,7 +60,8 @@ def steps_of(values: Mapping[str, object]) -> int:
         return count
     strength = values.get("strength")
     default = 1.0 if values.get("mask_image") else _STRENGTH
-    return min(int(count * (float(strength) if isinstance(strength, int | float) else default)), count)
+    share = float(strength) if isinstance(strength, int | float) else default
+    return min(int(count * share), count) if isfinite(share) else count  # the server tells what is wrong
 
 
 def _number(reference: str, text: str) -> float:

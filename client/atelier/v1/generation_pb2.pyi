@@ -248,6 +248,9 @@ class GenerateRequest(_message.Message):
     timestep_spacing: _builtins.str
     """linspace, leading or trailing."""
     rescale_betas_zero_snr: _builtins.bool
+    """Begins at noise alone (arXiv 2305.08891). INVALID_ARGUMENT with ddim, ddpm, lcm and tcd on a base that predicts
+    noise, as soon as the first step would be taken: nothing can be learned there.
+    """
     eta: _builtins.float
     """0 (default) to 1: the share of fresh noise in a step of ddim or tcd."""
     image: _builtins.bytes

@@ -22,6 +22,10 @@ from atelier_server.diffusion.schedulers import make_scheduler
 from atelier_server.errors import InvalidRequest, Violation
 
 
+# How many steps more may be proposed to who asked for too few.
+_SOME = 8
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Kept:
     """What an inpainted picture keeps of another: `image` and its `noise` [1, C, h, w], where `mask` is 0."""
@@ -65,15 +69,7 @@ class Trajectory:
         inpainting_unet: bool = False,
     ) -> Trajectory:
         """At plain noise, or at the noised picture `init`. `inpainting_unet`: it takes mask and picture."""
-        scheduler = make_scheduler(name, config, options)
-        # Timesteps stay on the CPU: index look-ups in `step()` would synchronise the device otherwise.
-        try:
-            scheduler.set_timesteps(num_inference_steps)
-        except ValueError as error:
-            # pndm cannot do with one or two, lcm and tcd not with more than they were distilled for.
-            raise InvalidRequest.of(
-                [Violation("num_inference_steps", f"{num_inference_steps} do not suit {name}: {error}")]
-            ) from error
+        scheduler = _ready(name, config, options, num_inference_steps)
         generator = torch.Generator("cpu").manual_seed(seed)
         accepted = inspect.signature(scheduler.step).parameters
         # What diffusers' pipelines pass: eta (DDIM's and TCD's share of noise; 0 by default), the generator.
@@ -87,10 +83,12 @@ class Trajectory:
 
         noise = partial(_noise, (1, *shape), generator, device, dtype)
         if init is None:
+            trajectory._skip(0)
             trajectory.latents = noise() * scheduler.init_noise_sigma
         else:
             trajectory._skip(num_inference_steps - steps_walked(num_inference_steps, init.strength))
             trajectory._start_at(init, noise, generator, inpainting_unet)
+        trajectory._check_signal()
         return trajectory
 
     def _start_at(
@@ -120,11 +118,27 @@ class Trajectory:
             self.kept = Kept(image.to(fresh), fresh, mask)
 
     def _skip(self, steps: int) -> None:
-        """Leaves out the first steps: those in which a picture to begin with would still be noise."""
+        """Leaves out the first steps: those in which a picture to begin with would still be noise.
+
+        Also where it leaves out none it tells the scheduler where to begin: of two equal timesteps, which beta
+        sigmas have, a look-up would take the second, and miss one at the end.
+        """
         first = steps * self.scheduler.order
         self.timesteps = self.timesteps[first:]
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(first)
+
+    def _check_signal(self) -> None:
+        """InvalidRequest where noise is predicted at a timestep that is noise alone: it tells of no picture.
+
+        arXiv 2305.08891, section 3.2. The sigma schedulers keep a little signal there.
+        """
+        alphas = getattr(self.scheduler, "alphas_cumprod", None)
+        if self.prediction_type == "epsilon" and alphas is not None and not alphas[int(self.timestep)]:
+            fault = (
+                "the base predicts noise, of which nothing can be learned without a signal; set it to false"
+            )
+            raise InvalidRequest.of([Violation("rescale_betas_zero_snr", fault)])
 
     def _noised(self, image: Tensor, noise: Tensor) -> Tensor:
         """`image` as noisy as this timestep has it, [1, C, h, w]."""
@@ -194,6 +208,29 @@ def all_or_none(trajectories: Iterable[Trajectory]) -> Iterator[None]:
         for back in marks:
             back()
         raise
+
+
+def _ready(name: str, config: Mapping[str, Any], options: SchedulerOptions, steps: int) -> Any:
+    """A scheduler with its timesteps. InvalidRequest that names a number near which would do, if this does not.
+
+    pndm cannot do with one or two steps, lcm and tcd not with more than they were distilled for.
+    """
+
+    def attempt(steps: int) -> Any | None:
+        scheduler = make_scheduler(name, config, options)
+        try:
+            # They stay on the CPU: index look-ups in `step()` would synchronise the device otherwise.
+            scheduler.set_timesteps(steps)
+        except ValueError:
+            return None
+        # Leading timesteps begin at 1: as many as the base has would end behind its last.
+        return scheduler if max(scheduler.timesteps) < scheduler.config.num_train_timesteps else None
+
+    if (scheduler := attempt(steps)) is not None:
+        return scheduler
+    near = sorted(range(1, steps + _SOME), key=lambda other: abs(other - steps))
+    right = next((f"; {other} would" for other in near if attempt(other) is not None), "")
+    raise InvalidRequest.of([Violation("num_inference_steps", f"{steps} do not suit {name}{right}")])
 
 
 def _noise(

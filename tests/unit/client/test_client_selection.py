@@ -28,6 +28,11 @@ def test_a_ramp_counts_the_steps_that_are_taken() -> None:
     assert len(weights("otto:1..0", image=b"x", mask_image=b"y", num_inference_steps=10)) == 10
 
 
+@pytest.mark.parametrize("strength", [float("nan"), float("inf")])
+def test_a_strength_that_is_no_number_is_the_servers_to_refuse(strength: float) -> None:
+    assert len(weights("otto:1..0", image=b"x", strength=strength, num_inference_steps=10)) == 10
+
+
 def test_a_list_is_taken_as_it_is() -> None:
     assert weights("otto:1,.5,-2") == [1.0, 0.5, -2.0]
 

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from atelier_server.core import SCHEDULERS, SchedulerOptions
+from atelier_server.diffusion.schedulers import options_of
 from atelier_server.diffusion.trajectory import Trajectory, all_or_none
+from atelier_server.errors import InvalidRequest
 
 SHAPE = (4, 8, 8)
-CONFIG = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
+CONFIG = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
-def picture(scheduler: str, seed: int) -> Trajectory:
+def picture(
+    scheduler: str, seed: int = 1, *, steps: int = 6, prediction_type: str = "epsilon", **options: Any
+) -> Trajectory:
     return Trajectory.begin(
         scheduler,
-        CONFIG,
-        options=SchedulerOptions(),
-        num_inference_steps=6,
+        {**CONFIG, "prediction_type": prediction_type},
+        options=SchedulerOptions(**options),
+        num_inference_steps=steps,
         seed=seed,
         shape=SHAPE,
         device=torch.device("cpu"),
@@ -64,3 +69,39 @@ def test_pictures_of_a_step_that_failed_go_on_as_if_it_had_not_been(
             step(undisturbed)
         assert one.finished
         assert torch.equal(one.latents, undisturbed.latents)
+
+
+@pytest.mark.parametrize("scheduler", [name for name in SCHEDULERS if "use_beta_sigmas" in options_of(name)])
+def test_timesteps_that_are_equal_are_walked_one_by_one(scheduler: str) -> None:
+    one = picture(scheduler, steps=50, use_beta_sigmas=True)
+    while not one.finished:
+        step(one)
+    assert bool(one.latents.isfinite().all())
+
+
+ZERO_SNR = [name for name in SCHEDULERS if "rescale_betas_zero_snr" in options_of(name)]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("scheduler", ZERO_SNR)
+def test_noise_is_not_predicted_where_there_is_nothing_else(scheduler: str, prediction_type: str) -> None:
+    spacing = {"timestep_spacing": "trailing"} if "timestep_spacing" in options_of(scheduler) else {}
+    asked: dict[str, Any] = {"prediction_type": prediction_type, "rescale_betas_zero_snr": True, **spacing}
+    if scheduler in ("ddim", "ddpm", "lcm", "tcd") and prediction_type == "epsilon":
+        with pytest.raises(InvalidRequest, match="rescale_betas_zero_snr: the base predicts noise"):
+            picture(scheduler, **asked)
+        return
+    one = picture(scheduler, **asked)
+    while not one.finished:
+        step(one)
+    assert bool(one.latents.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "near"), [("lcm", 60, 50), ("tcd", 51, 50), ("ddim", 1000, 999), ("pndm", 1, 4)]
+)
+def test_a_number_of_steps_that_would_do_is_named(scheduler: str, steps: int, near: int) -> None:
+    with pytest.raises(
+        InvalidRequest, match=f"num_inference_steps: {steps} do not suit {scheduler}; {near} would"
+    ):
+        picture(scheduler, steps=steps)
