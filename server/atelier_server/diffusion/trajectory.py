@@ -21,7 +21,6 @@ from atelier_server.diffusion.outlook import Outlook
 from atelier_server.diffusion.schedulers import make_scheduler
 from atelier_server.errors import InvalidRequest, Violation
 
-
 # How many steps more may be proposed to who asked for too few.
 _SOME = 8
 
@@ -120,8 +119,8 @@ class Trajectory:
     def _skip(self, steps: int) -> None:
         """Leaves out the first steps: those in which a picture to begin with would still be noise.
 
-        Also where it leaves out none it tells the scheduler where to begin: of two equal timesteps, which beta
-        sigmas have, a look-up would take the second, and miss one at the end.
+        Also where it leaves out none it tells the scheduler where to begin: of two equal timesteps, as beta
+        sigmas have them, a look-up would take the second, and miss one at the end.
         """
         first = steps * self.scheduler.order
         self.timesteps = self.timesteps[first:]
@@ -211,7 +210,7 @@ def all_or_none(trajectories: Iterable[Trajectory]) -> Iterator[None]:
 
 
 def _ready(name: str, config: Mapping[str, Any], options: SchedulerOptions, steps: int) -> Any:
-    """A scheduler with its timesteps. InvalidRequest that names a number near which would do, if this does not.
+    """A scheduler with its timesteps. InvalidRequest with the nearest number that would do, if this does not.
 
     pndm cannot do with one or two steps, lcm and tcd not with more than they were distilled for.
     """
