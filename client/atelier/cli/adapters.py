@@ -102,7 +102,9 @@ def delete(
 
 @adapters.command("import")
 def import_(
-    source: Annotated[str, typer.Argument(help="a .safetensors file, a folder or a hub's OWNER/NAME[/PATH]")],
+    source: Annotated[
+        str, typer.Argument(help="a .safetensors file, a folder or a hub's OWNER/NAME or OWNER/NAME/PATH")
+    ],
     *,
     name: Annotated[str, typer.Option(help="of the adapter")],
     new_version: Annotated[bool, typer.Option("--new-version", help="where the name exists already")] = False,

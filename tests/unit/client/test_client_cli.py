@@ -9,7 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 from PIL import Image
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from atelier.cli import cli, hints, output
@@ -333,6 +334,19 @@ def test_serve_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # --------------------------------------------------------------------------------------------- a process
+def _commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    yield path
+    for name, command in getattr(group, "commands", {}).items():
+        yield from _commands(command, (*path, name))
+
+
+@pytest.mark.parametrize("command", sorted(set(_commands(get_command(cli))) - {("serve",)}), ids=" ".join)
+def test_every_command_has_help(command: tuple[str, ...]) -> None:
+    done = CliRunner().invoke(cli, [*command, "--help"])
+    assert (done.exit_code, done.exception) == (0, None)
+    assert "Usage" in done.stdout
+
+
 def test_help_is_fast() -> None:
     """In seconds of a processor: what else the machine does is no matter."""
     times = []
