@@ -10,6 +10,7 @@ import signal
 from atelier.v1 import adapter_pb2, generation_pb2
 from atelier_server.config import Limits
 from tests.contract.harness import Service, Start, kinds, new_id, refused
+from tests.pictures import soft_colours
 
 
 def pictures(messages: list[generation_pb2.GenerateResponse]) -> dict[int, bytes]:
@@ -106,6 +107,11 @@ async def test_a_deadline_that_cannot_be_met_costs_nothing(service: Service) -> 
     assert (refusal.code, refusal.reason) == ("DEADLINE_EXCEEDED", "DEADLINE_TOO_SHORT")
     assert json.loads(pictures(await service.generate("look"))[0])["submitted"] == 1
     assert (await service.generate("a", num_inference_steps=200))[-1].completed.seed
+    few = generation_pb2.GenerateRequest(
+        prompt="a", num_inference_steps=200, image=soft_colours(), strength=0.01
+    )
+    done = [event async for event in service.generations.Generate(few, timeout=1.0)]
+    assert done[-1].completed.seed, "two of the 200 steps are taken, and counted"
 
 
 async def test_a_picture_that_cannot_fit_the_device_costs_nothing(service: Service) -> None:

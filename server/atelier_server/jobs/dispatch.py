@@ -83,7 +83,7 @@ class WorkerStatus:
         if each cost no more than the smallest, measured at the start."""
         base = self.known_base()
         larger = job.width * job.height / (base.native_width * base.native_height)
-        forwards = -(-job.num_images * job.rows_per_image // ROW_BUCKETS[-1]) * job.num_inference_steps
+        forwards = -(-job.num_images * job.rows_per_image // ROW_BUCKETS[-1]) * job.steps
         return 0.5 * forwards * ROW_BUCKETS[0] * self.costs.row_seconds * larger
 
     def check_memory(self, job: GenerationJob) -> None:

@@ -81,3 +81,11 @@ def test_an_inpainting_model_needs_both() -> None:
         with pytest.raises(InvalidRequest, match="inpainting model: it needs image and mask_image"):
             decoded(base, **fields)
     assert decoded(base, image=soft_colours(), mask_image=right_part()).init
+
+
+@pytest.mark.parametrize("steps", [2, 3, 7, 50, 77, 173, 200])
+def test_the_strength_that_is_proposed_is_enough(steps: int) -> None:
+    told = refused(image=soft_colours(), strength=0.1 / steps, num_inference_steps=steps)["strength"]
+    proposed = float(told.split("; ")[1].split()[0])
+    job = decoded(image=soft_colours(), strength=proposed, num_inference_steps=steps)
+    assert job.steps == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from math import ceil
 
 from atelier.v1 import generation_pb2 as pb
 from atelier_server.core import BaseInfo, InitImage, steps_walked
@@ -46,7 +47,7 @@ def decode_init(
         checks.refuse(
             "strength",
             f"{strength:g} of {num_inference_steps} steps is less than one; "
-            f"{1 / num_inference_steps:g} or more would take one",
+            f"{ceil(1e6 / num_inference_steps) / 1e6:g} or more would take one",
         )
     for field in ("image", "mask_image"):
         if field in verdicts:
