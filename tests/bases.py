@@ -10,6 +10,7 @@ pocket's words.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from atelier_server import pocket
@@ -64,6 +66,20 @@ def save_controlnet(family: str, folder: Path, base: Path, *, seed: int = 1) -> 
             torch.nn.init.normal_(parameter, std=0.3)
     controlnet.save_pretrained(folder)
     return folder
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Changes entries of a JSON file; None takes one away."""
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def lose(component: Path, name: str) -> None:
+    """Takes a tensor out of a component's file."""
+    (file,) = component.glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors[name]
+    save_file(tensors, file, {"format": "pt"})
 
 
 def peer(family: str, folder: Path) -> DiffusionPipeline:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from atelier_server.diffusion.controlnet import Control, ControlNet, load_contro
 from atelier_server.diffusion.denoiser import Denoiser, Picture
 from atelier_server.diffusion.families import UnsupportedModel
 from atelier_server.diffusion.trajectory import Trajectory
-from tests.bases import FAMILIES, PIXELS, peer, sampled, save_base, save_controlnet
+from tests.bases import FAMILIES, PIXELS, edit, lose, peer, sampled, save_base, save_controlnet
 from tests.ldm import write_controlnet_file
 
 PROMPT = "a red octopus on a beach"
@@ -251,6 +251,22 @@ def test_another_familys_is_refused_at_the_start(served: dict[str, Served]) -> N
 def test_what_is_not_there_is_named(reference: str, message: str, served: dict[str, Served]) -> None:
     with pytest.raises(UnsupportedModel, match=f"controlnet lines={reference}: {message}"):
         load_controlnets({"lines": reference}, served["sd1"].base)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: edit(folder / "config.json", in_channels=9), "has in_channels=9 instead of 4"),
+        (lambda folder: lose(folder, "controlnet_mid_block.bias"), r"lacks tensors.*controlnet_mid_block\.b"),
+    ],
+)
+def test_a_folder_that_is_not_whole_is_told(
+    spoil: Callable[[Path], None], message: str, served: dict[str, Served], tmp_path: Path
+) -> None:
+    mine = served["sd1"]
+    spoil(save_controlnet("sd1", tmp_path / "lines", mine.folders["base"]))
+    with pytest.raises(UnsupportedModel, match=message):
+        load_controlnets({"lines": str(tmp_path / "lines")}, mine.base)
 
 
 def test_a_folder_of_something_else_is_told(served: dict[str, Served], tmp_path: Path) -> None:

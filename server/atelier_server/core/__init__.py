@@ -246,9 +246,9 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class BaseInfo:
-    """The resident base model. `scheduler_options`: of each scheduler, which `SchedulerOptions` it has;
-    `inpainting`: its U-Net wants a picture and a mask besides; `training`: how it can be taught;
-    `quantization`: of the U-Net's linear layers ("", int8, fp8).
+    """The resident base model. `schedulers` are those that it can be used with; `scheduler_options`: which
+    `SchedulerOptions` each of all has; `inpainting`: its U-Net wants a picture and a mask besides;
+    `training`: how it can be taught; `quantization`: of the U-Net's linear layers ("", int8, fp8).
     """
 
     reference: str
@@ -268,6 +268,7 @@ class BaseInfo:
     inpainting: bool = False
     controlnets: tuple[ControlNetInfo, ...] = ()
     max_clip_skip: int = 0
+    schedulers: tuple[str, ...] = SCHEDULERS
     scheduler_options: tuple[tuple[str, tuple[str, ...]], ...] = ()
     training: TrainingAbilities = field(default_factory=TrainingAbilities)
     quantization: str = ""

@@ -53,10 +53,9 @@ class BaseModel:
         self.modules: dict[str, nn.Module] = {name: getattr(pipeline, name) for name in family.components}
         self.unet = pipeline.unet
         self.vae = pipeline.vae
-        tokenizers = {name: name.replace("text_encoder", "tokenizer") for name in family.text_encoders}
         self.encoders = tuple(
             TextEncoder(name, self.modules[name], getattr(pipeline, tokenizer))
-            for name, tokenizer in tokenizers.items()
+            for name, tokenizer in zip(family.text_encoders, family.tokenizers, strict=True)
         )
         self.scheduler_config: dict[str, Any] = dict(pipeline.scheduler.config)
         # What the U-Net learned to mean "no prompt": the empty text, or zeros.

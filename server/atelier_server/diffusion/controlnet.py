@@ -15,10 +15,11 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from atelier_server.diffusion.base import BaseModel, digest
+from atelier_server.diffusion.component import load_component, read_json
 from atelier_server.diffusion.conditioning import Conditioning
 from atelier_server.diffusion.families import UnsupportedModel
 from atelier_server.diffusion.images import decode_picture
-from atelier_server.diffusion.loading import read_json, weights, whole
+from atelier_server.diffusion.loading import whole
 from atelier_server.guides import ControlNetInfo, ControlUse
 
 _KEPT = 8
@@ -36,8 +37,13 @@ _SHARED = (
     "addition_time_embed_dim",
     "projection_class_embeddings_input_dim",
 )
-# What else we count on.
-_FACTS = {"conditioning_channels": 3, "global_pool_conditions": False, "class_embed_type": None}
+# What else we count on; of an inpainting model too, it sees the latents alone.
+_FACTS = {
+    "in_channels": 4,
+    "conditioning_channels": 3,
+    "global_pool_conditions": False,
+    "class_embed_type": None,
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -178,11 +184,7 @@ def _load(name: str, reference: str, base: BaseModel) -> ControlNet:
 
 def _from_folder(folder: Path, base: BaseModel) -> tuple[Any, Sequence[Path]]:
     _check(read_json(folder / "config.json"), base)
-    files, variant = weights(folder)
-    model = ControlNetModel.from_pretrained(
-        folder, dtype=base.dtype, variant=variant, use_safetensors=True, local_files_only=True
-    )
-    return model, files
+    return load_component(ControlNetModel, folder, base.dtype)
 
 
 def _from_file(path: Path, base: BaseModel) -> tuple[Any, Sequence[Path]]:

@@ -61,6 +61,11 @@ class Family:
     def text_encoders(self) -> tuple[str, ...]:
         return tuple(name for name in self.components if name.startswith("text_encoder"))
 
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """Of the text encoders, in their order."""
+        return tuple(name.replace("text_encoder", "tokenizer") for name in self.text_encoders)
+
     def mismatch(self, index: Mapping[str, Any], unet_config: Mapping[str, Any]) -> str:
         """Why a model_index.json and its U-Net's config are not of this family; "" if they are."""
         pipeline_class = index.get("_class_name")
@@ -77,6 +82,31 @@ class Family:
                 return f"its U-Net has {key}={config[key]!r} instead of {value!r}"
         if (channels := config["in_channels"]) not in _IN_CHANNELS:
             return f"its U-Net has in_channels={channels} instead of 4, or 9 of an inpainting model"
+        if config["sample_size"] is None:
+            return "its U-Net has no sample_size, the size at which it learned to paint"
+        return ""
+
+    def misfit(self, pipeline: Any) -> str:
+        """Why components, each of them whole, do not go together; "" if they do."""
+        unet, vae, scheduler = pipeline.unet.config, pipeline.vae.config, pipeline.scheduler
+        heard = unet.cross_attention_dim
+        made = sum(getattr(pipeline, name).config.hidden_size for name in self.text_encoders)
+        if {made} != ({*heard} if isinstance(heard, list | tuple) else {heard}):
+            return f"its U-Net hears {heard} numbers a token (cross_attention_dim), its texts have {made}"
+        if unet.out_channels != vae.latent_channels:
+            return (
+                f"its U-Net has out_channels={unet.out_channels}, "
+                f"its VAE latent_channels={vae.latent_channels}"
+            )
+        if "beta_schedule" not in inspect.signature(type(scheduler).__init__).parameters:
+            return f"its scheduler is {type(scheduler).__name__}, which knows no betas: it is of another kind"
+        if (predicted := scheduler.config.get("prediction_type", "epsilon")) not in _PREDICTIONS:
+            served = ", ".join(_PREDICTIONS)
+            return f"its scheduler has prediction_type={predicted!r}; served are {served}"
+        for name, tokenizer in zip(self.text_encoders, self.tokenizers, strict=True):
+            known, spelt = getattr(pipeline, name).config.vocab_size, len(getattr(pipeline, tokenizer))
+            if spelt > known:
+                return f"its {tokenizer} has {spelt} tokens, its {name} knows {known}"
         return ""
 
     def encode(self, encoders: Sequence[TextEncoder], ids: Sequence[Tensor], clip_skip: int) -> TextEmbeds:
@@ -91,6 +121,17 @@ class Family:
 
 class ExtendedFamily(Family):
     """SDXL (arXiv 2307.01952): two encoders' penultimate states side by side, and pooled text and framing."""
+
+    def misfit(self, pipeline: Any) -> str:
+        unet = pipeline.unet.config
+        pooled = getattr(pipeline, self.text_encoders[-1]).config.projection_dim
+        told = pooled + _FRAMING * (unet.addition_time_embed_dim or 0)
+        if (heard := unet.projection_class_embeddings_input_dim) != told:
+            return (
+                f"its U-Net has projection_class_embeddings_input_dim={heard}, "
+                f"pooled text and framing have {told}"
+            )
+        return super().misfit(pipeline)
 
     def encode(self, encoders: Sequence[TextEncoder], ids: Sequence[Tensor], clip_skip: int) -> TextEmbeds:
         encoded = [encoder.encode(its) for encoder, its in zip(encoders, ids, strict=True)]
@@ -111,6 +152,8 @@ _PARTS: Mapping[str, type[Any]] = {
 _NO_EYES = {"feature_extractor": None, "image_encoder": None}
 _NO_CHECKER = {**_NO_EYES, "safety_checker": None, "requires_safety_checker": False}
 _IN_CHANNELS = (4, 9)
+_FRAMING = 6  # numbers: original size, corner and target size
+_PREDICTIONS = ("epsilon", "v_prediction", "sample")
 # Nothing that we do not condition on.
 _PLAIN = {"time_cond_proj_dim": None, "class_embed_type": None, "encoder_hid_dim": None}
 

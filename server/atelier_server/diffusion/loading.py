@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
-from safetensors import SafetensorError, safe_open
 
 from atelier_server import pocket
+from atelier_server.diffusion.component import load_component, read_json, tensor_shapes
 from atelier_server.diffusion.families import FAMILIES, Family, UnsupportedModel, detect
 
 # Every latent diffusion checkpoint of one file has it: the U-Net's first convolution.
@@ -84,20 +83,28 @@ def downloaded(reference: str, token: bool | None = None) -> Path:
 
 # ----------------------------------------------------------------------------------------------- folders
 def _load_folder(folder: Path, dtype: torch.dtype) -> Loaded:
-    index = read_json(folder / "model_index.json")
-    family = _family_of(folder, index)
+    family = _family_of(folder, read_json(folder / "model_index.json"))
     parts: dict[str, Any] = {}
     files: tuple[Path, ...] = ()
     for name, cls in family.components.items():
-        found, variant = weights(folder / name)
-        parts[name] = cls.from_pretrained(
-            folder / name, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
-        )
+        parts[name], found = load_component(cls, folder / name, dtype)
         files += found
-    pipeline = family.pipeline.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, **parts, **family.without
-    )
-    return Loaded(pipeline, family, files)
+    for tokenizer in family.tokenizers:
+        _check_tokenizer(folder / tokenizer)
+    try:  # what is left: tokenizers and the scheduler
+        pipeline = family.pipeline.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, **parts, **family.without
+        )
+    except (ValueError, OSError, TypeError) as error:
+        raise UnsupportedModel(f"{folder.name} cannot be read: {error}") from error
+    return _checked(Loaded(pipeline, family, files))
+
+
+def _checked(loaded: Loaded) -> Loaded:
+    """UnsupportedModel for components that do not go together."""
+    if reason := loaded.family.misfit(loaded.pipeline):
+        raise UnsupportedModel(reason)
+    return loaded
 
 
 def _family_of(folder: Path, index: Mapping[str, Any]) -> Family:
@@ -105,18 +112,15 @@ def _family_of(folder: Path, index: Mapping[str, Any]) -> Family:
     return detect(index, unet)
 
 
-def weights(folder: Path) -> tuple[tuple[Path, ...], str | None]:
-    """The safetensors files of a component and their variant: full ones where there are any, else "fp16"."""
-    files = sorted(folder.glob("*.safetensors"))
-    full = tuple(file for file in files if "." not in file.stem)
-    half = tuple(file for file in files if ".fp16" in file.name)
-    if full:
-        return full, None
-    if half:
-        return half, "fp16"
-    found = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
-    where = f"{folder.parent.name}/{folder.name}"
-    raise UnsupportedModel(f"{where} has no .safetensors file (pickled weights are not read); found: {found}")
+def _check_tokenizer(folder: Path) -> None:
+    """UnsupportedModel where transformers would make do with an empty vocabulary."""
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if "tokenizer.json" not in found and not {"vocab.json", "merges.txt"} <= found:
+        told = ", ".join(sorted(found)) or "nothing"
+        where = f"{folder.parent.name}/{folder.name}"
+        raise UnsupportedModel(
+            f"{where} has neither tokenizer.json nor vocab.json and merges.txt; found: {told}"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ one file
@@ -132,7 +136,7 @@ def _load_file(path: Path, dtype: torch.dtype) -> Loaded:
     with whole(path):
         pipeline = family.pipeline.from_single_file(str(path), dtype=dtype, **family.without, **source)
         pipeline.to("cpu")
-    return Loaded(pipeline, family, (path,))
+    return _checked(Loaded(pipeline, family, (path,)))
 
 
 @contextmanager
@@ -146,11 +150,7 @@ def whole(path: Path) -> Iterator[None]:
 
 def _family_of_file(path: Path) -> Family:
     """By the names and shapes of the tensors; their values are not read."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - no mapping
-    except SafetensorError as error:
-        raise UnsupportedModel(f"{path.name} is not a whole safetensors file: {error}") from error
+    shapes = tensor_shapes(path)
     kind = infer_diffusers_model_type({key: torch.empty(s, device="meta") for key, s in shapes.items()})
     if _FIRST_LAYER not in shapes:
         raise UnsupportedModel(
@@ -161,19 +161,3 @@ def _family_of_file(path: Path) -> Family:
             return family
     served = ", ".join(kind for family in FAMILIES for kind in family.single_files)
     raise UnsupportedModel(f"{path.name} is a checkpoint of kind {kind}; served are {served}")
-
-
-# ------------------------------------------------------------------------------------------------- configs
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UnsupportedModel that says what lies there instead."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        entries = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
-        found = ", ".join(entries) or "nothing"
-        raise UnsupportedModel(f"{path.parent.name}/{path.name} is missing; found: {found}") from error
-    except ValueError as error:
-        raise UnsupportedModel(f"{path.parent.name}/{path.name} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UnsupportedModel(f"{path.parent.name}/{path.name} is not a JSON object")
-    return value

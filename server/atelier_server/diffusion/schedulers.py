@@ -32,6 +32,8 @@ _REGISTRY: dict[str, tuple[str, dict[str, Any]]] = {
     "lcm": ("LCMScheduler", {}),
     "tcd": ("TCDScheduler", {}),
 }
+# Their classes have no step for a U-Net that predicts the picture itself.
+_NO_SAMPLE = ("pndm", "euler-a", "kdpm2", "kdpm2-a")
 
 
 def make_scheduler(name: str, config: Mapping[str, Any], options: SchedulerOptions = _PLAIN) -> Any:
@@ -59,9 +61,16 @@ def all_options() -> Iterator[tuple[str, tuple[str, ...]]]:
     return ((name, options_of(name)) for name in _REGISTRY)
 
 
+def usable_schedulers(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those of the contract whose classes work with what the base predicts."""
+    lacking = _NO_SAMPLE if config.get("prediction_type") == "sample" else ()
+    return tuple(name for name in _REGISTRY if name not in lacking)
+
+
 def default_scheduler(config: Mapping[str, Any]) -> str:
-    """The contract's name for the base's own scheduler; ddim where it has none."""
-    for name, (class_name, overrides) in _REGISTRY.items():
+    """The contract's name for the base's own scheduler; ddim where it has none that can be used."""
+    for name in usable_schedulers(config):
+        class_name, overrides = _REGISTRY[name]
         if class_name == config.get("_class_name") and not overrides:
             return name
     return "ddim"

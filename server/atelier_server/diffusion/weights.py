@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from atelier_server import pocket
+from atelier_server.diffusion.component import tensor_shapes, weights
 from atelier_server.diffusion.families import UnsupportedModel
-from atelier_server.diffusion.loading import downloaded, downloaded_as_anybody, weights
+from atelier_server.diffusion.loading import downloaded, downloaded_as_anybody
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 # Of a single file: the first text encoder, which has transformers' own names there.
@@ -71,14 +72,14 @@ def _of_folder(folder: Path) -> dict[str, tuple[Path, str]]:
     for component in COMPONENTS:
         if (folder / component).is_dir():
             for path in weights(folder / component)[0]:
-                found |= {f"{component}.{key}": (path, key) for key in _keys(path)}
+                found |= {f"{component}.{key}": (path, key) for key in tensor_shapes(path)}
     return found
 
 
 def _of_file(path: Path, unet_config: Mapping[str, Any]) -> dict[str, tuple[Path, str]]:
     if not path.is_file():
         raise UnsupportedModel("there is no such file")
-    keys = _keys(path)
+    keys = list(tensor_shapes(path))
     # The converter only renames: given each key as its value, it tells the key of each of diffusers' names.
     renamed = convert_ldm_unet_checkpoint({key: key for key in keys}, config=dict(unet_config))
     if not renamed:
@@ -88,11 +89,3 @@ def _of_file(path: Path, unet_config: Mapping[str, Any]) -> dict[str, tuple[Path
         names = {key: key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
         found |= {f"text_encoder.{name}": (path, key) for key, name in names.items()}
     return found
-
-
-def _keys(path: Path) -> list[str]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except SafetensorError as error:
-        raise UnsupportedModel(f"{path.name} is not a whole safetensors file: {error}") from error

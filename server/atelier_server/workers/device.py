@@ -13,7 +13,7 @@ import torch
 from atelier_server.core import BaseInfo
 from atelier_server.diffusion.base import BaseModel
 from atelier_server.diffusion.quantization import stored_bytes
-from atelier_server.diffusion.schedulers import all_options, default_scheduler
+from atelier_server.diffusion.schedulers import all_options, default_scheduler, usable_schedulers
 from atelier_server.engine.runner import Memory
 from atelier_server.errors import OutOfMemory
 from atelier_server.guides import ControlNetInfo
@@ -51,6 +51,7 @@ def describe(base: BaseModel, prediction_type: str, controlnets: tuple[ControlNe
         inpainting=base.inpainting,
         controlnets=controlnets,
         max_clip_skip=base.max_clip_skip,
+        schedulers=usable_schedulers(base.scheduler_config),
         scheduler_options=tuple(all_options()),
         training=abilities(base),
         quantization=base.quantization,

@@ -163,12 +163,12 @@ def serve(connection: socket.socket) -> int:
     threading.Thread(target=_read, args=(stream, deliver), name="inbox", daemon=True).start()
     try:
         runner = TorchRunner(settings)
+        info, costs = runner.info, runner.measure()
     except Exception as error:
         _log.exception("the worker cannot start")
         outbox.put(WorkerFailed("MODEL_UNUSABLE", f"model {settings.model!r}: {error}"))
         outbox.close()
         return 1
-    info, costs = runner.info, runner.measure()
 
     def emit(event: Event) -> None:
         pulse.before(event)

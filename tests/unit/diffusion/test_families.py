@@ -18,7 +18,7 @@ from atelier_server.diffusion.base import BaseModel, load_base
 from atelier_server.diffusion.conditioning import Framing
 from atelier_server.diffusion.families import SDXL, UnsupportedModel, detect
 from atelier_server.diffusion.loading import load_pipeline
-from tests.bases import FAMILIES, peer, sampled, save_base
+from tests.bases import FAMILIES, edit, peer, sampled, save_base
 from tests.ldm import write_single_file
 
 
@@ -33,12 +33,6 @@ def equal(one: BaseModel, other: BaseModel) -> bool:
         for part, module in one.modules.items()
         for name, tensor in module.state_dict().items()
     )
-
-
-def edit(path: Path, **changes: Any) -> None:
-    """Changes entries of a JSON file; None takes one away."""
-    content = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
 @pytest.mark.parametrize("family", sampled("sd2", "sdxl"))

@@ -15,7 +15,13 @@ from atelier_server.core import SchedulerOptions
 from atelier_server.diffusion.base import BaseModel, load_base
 from atelier_server.diffusion.conditioning import Framing
 from atelier_server.diffusion.denoiser import Denoiser, Picture
-from atelier_server.diffusion.schedulers import _REGISTRY, all_options, make_scheduler
+from atelier_server.diffusion.schedulers import (
+    _REGISTRY,
+    all_options,
+    default_scheduler,
+    make_scheduler,
+    usable_schedulers,
+)
 from atelier_server.diffusion.trajectory import Trajectory
 from tests.bases import peer, save_base
 
@@ -95,6 +101,24 @@ def test_every_option_equals_the_pipeline_of_diffusers(
     # lcm and tcd take their timesteps from their distillation, however they are spaced.
     if not (name in ("lcm", "tcd") and option == "timestep_spacing"):
         assert not torch.equal(ours, plain)
+
+
+def test_what_cannot_be_used_where_the_picture_is_predicted_is_left_out() -> None:
+    config = {"prediction_type": "sample", "_class_name": "PNDMScheduler"}
+    works = []
+    for name in _REGISTRY:
+        scheduler = make_scheduler(name, config)
+        scheduler.set_timesteps(4)
+        latents = torch.ones(1, 4, 2, 2)
+        scheduler.scale_model_input(latents, scheduler.timesteps[0])
+        try:
+            scheduler.step(latents, scheduler.timesteps[0], latents)
+        except (NotImplementedError, ValueError):
+            continue
+        works.append(name)
+    assert usable_schedulers(config) == tuple(works)
+    assert set(usable_schedulers({"prediction_type": "epsilon"})) == set(_REGISTRY)
+    assert default_scheduler(config) == "ddim"
 
 
 def test_one_kind_of_sigmas_replaces_the_bases() -> None:

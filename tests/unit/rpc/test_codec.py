@@ -158,6 +158,13 @@ def test_an_option_that_a_scheduler_lacks_is_named_with_those_that_have_it() -> 
     assert decode_generate(request, LIMITS, base).job.scheduler_options.given == {"eta": 0.5}
 
 
+def test_a_scheduler_that_the_base_cannot_be_used_with_is_refused() -> None:
+    base = replace(BASE, schedulers=("ddim", "euler"))
+    request = generation_pb2.GenerateRequest(scheduler="pndm")
+    with pytest.raises(InvalidRequest, match="scheduler: 'pndm' is none of ddim, euler"):
+        decode_generate(request, LIMITS, base)
+
+
 def test_one_kind_of_sigmas_at_a_time() -> None:
     request = generation_pb2.GenerateRequest(use_karras_sigmas=True, use_beta_sigmas=True)
     with pytest.raises(InvalidRequest, match="use_beta_sigmas: only one kind of sigmas at a time"):

@@ -155,7 +155,7 @@ def encode_info(status: WorkerStatus, limits: Limits) -> server_pb2.GetServerInf
         ),
         versions={"atelier": _VERSION},
         worker_restarts=status.restarts,
-        schedulers=SCHEDULERS,
+        schedulers=status.base.schedulers if status.base else SCHEDULERS,
         tenant=caller.tenant().name,
         quotas=server_pb2.Quotas(**caller.tenant().quotas.model_dump(exclude_none=True)),
     )

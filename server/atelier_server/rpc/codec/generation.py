@@ -13,7 +13,6 @@ from atelier.v1 import generation_pb2 as pb
 from atelier_server.config import Limits
 from atelier_server.core import (
     ROW_BUCKETS,
-    SCHEDULERS,
     SIGMA_KINDS,
     TIMESTEP_SPACINGS,
     AdapterRef,
@@ -92,7 +91,7 @@ def decode_generate(
         num_inference_steps=checks.integer("num_inference_steps", steps, 1, limits.max_inference_steps),
         guidance_scale=checks.number("guidance_scale", guidance, 0.0, _MAX_GUIDANCE),
         guidance_rescale=checks.number("guidance_rescale", request.guidance_rescale, 0.0, 1.0),
-        scheduler=checks.choice("scheduler", scheduler, SCHEDULERS),
+        scheduler=checks.choice("scheduler", scheduler, base.schedulers),
         scheduler_options=_scheduler_options(checks, request, scheduler, base),
         width=width,
         height=height,
