@@ -23,7 +23,7 @@ WIRE = {"google", "grpc", "grpc_health", "grpc_reflection", "grpc_status", "atel
 CLIENT_MAY = {"atelier", "google", "grpc", "grpc_status", "IPython", "PIL", "rich", "typer", "click"}
 
 # A room of atelier_server -> the rooms it may see beside itself. "adapters.store" is the torch-free half.
-NOUNS = {"core", "errors", "guides", "origin", "receipt", "report"}
+NOUNS = {"core", "errors", "guides", "origin", "raster", "receipt", "report"}
 MESSAGES = {"messages"}
 STORE = {
     f"adapters.{name}"
@@ -35,6 +35,7 @@ STORE = {
 ROOMS: dict[str, set[str]] = {
     "guides": set(),
     "core": {"guides"},
+    "raster": set(),
     "receipt": {"core"},
     "report": set(),
     "origin": set(),

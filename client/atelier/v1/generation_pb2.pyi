@@ -141,7 +141,7 @@ class ControlNetSelection(_message.Message):
     name: _builtins.str
     image: _builtins.bytes
     """A PNG, JPEG or WebP file of `width` x `height`; without those and without `image`, the picture takes the
-    size of the first.
+    size of the first. Transparent parts are black: they say nothing.
     """
     scale: _builtins.float
     """0 to 10: how much. Default 1."""
@@ -255,15 +255,15 @@ class GenerateRequest(_message.Message):
     """0 (default) to 1: the share of fresh noise in a step of ddim or tcd."""
     image: _builtins.bytes
     """Image-to-image: a PNG, JPEG or WebP file that the picture begins with. Of `width` x `height`; without
-    those, the picture takes its size.
+    those, the picture takes its size. Transparent parts are white, as in training.
     """
     strength: _builtins.float
     """In (0, 1], only with `image`: the share of the steps that is taken from there. Default 0.8, and 1 with
     a mask.
     """
     mask_image: _builtins.bytes
-    """Inpainting: of the size of `image`; white (half-bright and brighter) is painted anew, black stays. An
-    inpainting model (`base_model.inpainting`) needs both.
+    """Inpainting: of the size of `image`; white (half-bright and brighter) is painted anew, black and what is
+    transparent stays. An inpainting model (`base_model.inpainting`) needs both.
     """
     clip_skip: _builtins.int
     """How many of the text encoders' last layers are left out of the prompt (as diffusers' pipelines do, not of

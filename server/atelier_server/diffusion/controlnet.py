@@ -18,7 +18,7 @@ from atelier_server.diffusion.base import BaseModel, digest
 from atelier_server.diffusion.component import load_component, read_json
 from atelier_server.diffusion.conditioning import Conditioning
 from atelier_server.diffusion.families import UnsupportedModel
-from atelier_server.diffusion.images import decode_picture
+from atelier_server.diffusion.images import decode_guide
 from atelier_server.diffusion.loading import whole
 from atelier_server.guides import ControlNetInfo, ControlUse
 
@@ -154,7 +154,7 @@ class ControlNets:
     def control(self, use: ControlUse) -> Control:
         """The pictures of one request share theirs."""
         if (image := self._kept.get(use.image_sha256)) is None:
-            image = self._kept[use.image_sha256] = decode_picture(use.image).to(self._device)
+            image = self._kept[use.image_sha256] = decode_guide(use.image).to(self._device)
         self._kept.move_to_end(use.image_sha256)
         while len(self._kept) > _KEPT:
             self._kept.popitem(last=False)

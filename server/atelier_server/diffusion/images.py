@@ -8,11 +8,12 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from atelier_server.core import ImageFormat
+from atelier_server.raster import Raster
 
 
 def encode_picture(pixels: Tensor, image_format: ImageFormat, parameters: Mapping[str, object]) -> bytes:
@@ -37,16 +38,21 @@ def encode_picture(pixels: Tensor, image_format: ImageFormat, parameters: Mappin
 
 
 def decode_picture(data: bytes) -> Tensor:
-    """A file that the door has let in to [3, H, W] in 0..1, upright, without transparency."""
-    return _tensor(data, "RGB").permute(2, 0, 1)
+    """A file that the door has let in to [3, H, W] in 0..1, upright, on white."""
+    return _tensor(data, "white", "RGB").permute(2, 0, 1)
+
+
+def decode_guide(data: bytes) -> Tensor:
+    """As `decode_picture`, but on black: where a ControlNet's picture is transparent, it says nothing."""
+    return _tensor(data, "black", "RGB").permute(2, 0, 1)
 
 
 def decode_mask(data: bytes) -> Tensor:
-    """[1, H, W]: 1 where the file is half-bright or brighter, 0 elsewhere."""
-    return (_tensor(data, "L")[None] >= 0.5).float()
+    """[1, H, W]: 1 where the file is half-bright or brighter, 0 elsewhere and where it is transparent."""
+    return (_tensor(data, "black", "L")[None] >= 0.5).float()
 
 
-def _tensor(data: bytes, mode: str) -> Tensor:
+def _tensor(data: bytes, ground: str, mode: str) -> Tensor:
     with Image.open(io.BytesIO(data)) as image:
-        upright = ImageOps.exif_transpose(image).convert(mode)
-    return torch.from_numpy(np.asarray(upright).astype(np.float32) / 255)
+        flat = Raster.of(image, ground).image.convert(mode)
+    return torch.from_numpy(np.asarray(flat).astype(np.float32) / 255)

@@ -11,14 +11,14 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from PIL import ExifTags, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 from PIL.ImageFile import ImageFile
+
+from atelier_server.raster import Raster
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _OPAQUE = 255
 _JPEG = b"\xff\xd8\xff"
-# EXIF orientations in which width and height change places.
-_LYING = (5, 6, 7, 8)
 # The plug-ins themselves, not Image.open: it would try other formats, and has a pixel limit of its own.
 _READERS: dict[str, type[ImageFile]] = {
     "png": PngImagePlugin.PngImageFile,
@@ -31,7 +31,7 @@ _READERS: dict[str, type[ImageFile]] = {
 class Verdict:
     """`suffix` names the format; `problem` is "" for a good picture.
 
-    Width and height are those of the upright picture, `brightest` is its brightest grey, 0 to 255;
+    Width and height are those of the upright picture, `brightest` is its brightest grey on black, 0 to 255;
     `transparent`: some of it is.
     """
 
@@ -77,18 +77,18 @@ def examine(data: bytes, max_pixels: int) -> Verdict:
     try:
         with _READERS[suffix](io.BytesIO(data)) as image:
             image.load()
-            if image.getexif().get(ExifTags.Base.Orientation, 1) in _LYING:
-                width, height = height, width
-            brightest = max(grey for grey, count in enumerate(image.convert("L").histogram()) if count)
-            transparent = image.has_transparency_data and _see_through(image)
+            raster = Raster.of(image, "black")
+            width, height = raster.image.size
+            brightest = max(grey for grey, count in enumerate(raster.image.convert("L").histogram()) if count)
+            transparent = raster.opacity is not None and _see_through(raster.opacity)
     except Exception as error:
         return Verdict(suffix, f"cannot be decoded: {str(error)[:120] or type(error).__name__}")
     return Verdict(suffix, "", width, height, brightest, transparent)
 
 
-def _see_through(image: ImageFile) -> bool:
+def _see_through(opacity: Image.Image) -> bool:
     """Whether any pixel is less than opaque."""
-    darkest, _ = image.convert("RGBA").getchannel("A").getextrema()
+    darkest, _ = opacity.getextrema()
     return isinstance(darkest, int | float) and darkest < _OPAQUE
 
 

@@ -12,25 +12,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Generator, Tensor
 
 from atelier_server.core import Recipe
 from atelier_server.diffusion.conditioning import Framing
 from atelier_server.errors import InvalidRequest, Violation
+from atelier_server.raster import Raster
 
 Size = tuple[int, int]
 
 CROPS = 8  # random crops a picture that are encoded ahead
 _WIDEST = 4.0  # aspect ratio of the widest bucket, width to height
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Picture:
-    """RGB on white, and the opacity ("L") that it had; None: opaque throughout."""
-
-    image: Image.Image
-    opacity: Image.Image | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,28 +48,13 @@ class Crop:
         return None if self.mask is None else F.avg_pool2d(self.mask[None], scale)
 
 
-def opened(path: str, field: str) -> Picture:
-    """A picture's file. Raises InvalidRequest, which names `field`, for one that cannot be read."""
+def opened(path: str, field: str) -> Raster:
+    """A picture's file, on white. Raises InvalidRequest, which names `field`, for one that cannot be read."""
     try:
         with Image.open(path) as file:
-            return upright(file)
+            return Raster.of(file)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InvalidRequest.of([Violation(field, f"cannot be decoded: {error}")]) from error
-
-
-def upright(image: Image.Image) -> Picture:
-    """Turned as its EXIF orientation says, transparency laid on white."""
-    image = ImageOps.exif_transpose(image)
-    opacity = None
-    if image.mode == "P" or image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        opacity = image.getchannel("A")
-        ground = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(ground, image)
-    elif image.mode.startswith("I;16"):
-        # Pillow clips 16-bit grey to 8 bits where the high byte is meant.
-        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    return Picture(image.convert("RGB"), opacity)
 
 
 def bucket_sizes(resolution: int, step: int) -> list[Size]:
@@ -99,7 +77,7 @@ def nearest_size(size: Size, sizes: Sequence[Size]) -> Size:
     return min(sizes, key=lambda s: (abs(math.log(s[0] / s[1]) - ratio), -s[0] * s[1], s))
 
 
-def crops(picture: Picture, size: Size, recipe: Recipe, generator: Generator) -> list[Crop]:
+def crops(picture: Raster, size: Size, recipe: Recipe, generator: Generator) -> list[Crop]:
     """The pieces of a picture that are encoded ahead.
 
     One at the centre, or CROPS random ones if `random_crop` and the picture has another shape; with
@@ -117,7 +95,7 @@ def crops(picture: Picture, size: Size, recipe: Recipe, generator: Generator) ->
     return pieces
 
 
-def fresh_crop(picture: Picture, size: Size, recipe: Recipe, generator: Generator) -> Crop:
+def fresh_crop(picture: Raster, size: Size, recipe: Recipe, generator: Generator) -> Crop:
     """One piece, drawn anew: any corner, if `random_crop`, and either of the two sides, if `random_flip`."""
     cutter = _Cutter.of(picture, size, masked=recipe.masked_loss)
     corner = cutter.random(generator) if recipe.random_crop and any(cutter.slack) else cutter.centre
@@ -138,7 +116,7 @@ class _Cutter:
     masked: bool
 
     @classmethod
-    def of(cls, picture: Picture, size: Size, *, masked: bool) -> _Cutter:
+    def of(cls, picture: Raster, size: Size, *, masked: bool) -> _Cutter:
         original = picture.image.size
         scale = max(target / side for target, side in zip(size, original, strict=True))
         width, height = (

@@ -52,6 +52,23 @@ def test_the_brightest_grey_is_told(grey: int, mode: str) -> None:
     assert examine(file.getvalue(), 10**6).brightest == (255 if mode == "1" else grey)
 
 
+@pytest.mark.parametrize(
+    ("picture", "brightest", "transparent"),
+    [
+        (Image.new("I;16", (4, 4), 0x4000), 0x40, False),
+        (Image.new("RGBA", (4, 4), (255, 255, 255, 0)), 0, True),
+        (Image.new("RGBA", (4, 4), (90, 90, 90, 255)), 90, False),
+    ],
+)
+def test_the_brightest_grey_is_that_of_eight_bits_on_black(
+    picture: Image.Image, brightest: int, transparent: bool
+) -> None:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    verdict = examine(file.getvalue(), 10**6)
+    assert (verdict.problem, verdict.brightest, verdict.transparent) == ("", brightest, transparent)
+
+
 @pytest.mark.parametrize(("format", "options"), CASES)
 def test_cut_pictures_are_refused(format: str, options: dict) -> None:
     data = encoded(format, **options)

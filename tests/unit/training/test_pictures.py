@@ -1,10 +1,9 @@
-"""Pictures: orientation, transparency, sizes, buckets, crops, masks."""
+"""Pictures: sizes, buckets, crops, masks."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,14 +14,13 @@ from PIL import Image
 
 from atelier_server.core import Recipe
 from atelier_server.diffusion.conditioning import Framing
+from atelier_server.raster import Raster
 from atelier_server.training.pictures import (
     CROPS,
-    Picture,
     bucket_sizes,
     crops,
     fresh_crop,
     nearest_size,
-    upright,
 )
 
 RECIPE = Recipe(instance_prompt="otto", resolution=16)
@@ -33,52 +31,11 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_exif_orientation_is_applied(tmp_path: Path) -> None:
-    image = Image.new("RGB", (20, 10), "red")
-    image.paste("blue", (0, 0, 10, 10))
-    exif = image.getexif()
-    exif[0x0112] = 6  # to be turned a quarter clockwise
-    image.save(tmp_path / "x.png", exif=exif)
-    with Image.open(tmp_path / "x.png") as file:
-        turned = upright(file).image
-    assert turned.size == (10, 20)
-    assert turned.getpixel((5, 0)) == (0, 0, 255)
-    assert turned.getpixel((5, 19)) == (255, 0, 0)
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparency_becomes_white(mode: str) -> None:
-    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
-    image.paste((0, 0, 0, 255), (0, 0, 2, 4))
-    if mode == "P":
-        image = image.quantize()
-    picture = upright(image.convert(mode))
-    flat = picture.image
-    assert flat.mode == "RGB"
-    assert flat.getpixel((0, 0)) == (0, 0, 0)
-    assert flat.getpixel((3, 3)) == (255, 255, 255)
-    assert picture.opacity is not None
-    assert [picture.opacity.getpixel((x, 0)) for x in (0, 3)] == [255, 0]
-
-
-@pytest.mark.parametrize("mode", ["L", "1", "CMYK", "I;16"])
-def test_other_modes_become_rgb(mode: str) -> None:
-    if mode == "I;16":
-        image = Image.fromarray(np.full((4, 4), 0x8000, dtype=np.uint16))
-    else:
-        image = Image.new("L", (4, 4), 200).convert(mode)
-    grey = upright(image).image
-    assert grey.mode == "RGB"
-    red, green, blue = np.asarray(grey).reshape(-1, 3)[0]
-    assert red == green == blue
-    assert mode != "I;16" or red == 0x80
-
-
 @pytest.mark.parametrize("size", [(16, 16), (100, 16), (16, 100), (5, 7), (3, 300), (1, 1)])
 @pytest.mark.parametrize("random_crop", [False, True])
 def test_every_size_becomes_a_square_in_minus_one_to_one(size: tuple[int, int], random_crop: bool) -> None:
     recipe = replace(RECIPE, random_crop=random_crop)
-    squares = crops(Picture(Image.new("RGB", size, "white")), SQUARE, recipe, generator())
+    squares = crops(Raster(Image.new("RGB", size, "white")), SQUARE, recipe, generator())
     assert all(square.pixels.shape == (3, 16, 16) for square in squares)
     assert all((square.pixels == 1).all() for square in squares)
     assert len(squares) == (CROPS if random_crop and size[0] != size[1] else 1)
@@ -87,7 +44,7 @@ def test_every_size_becomes_a_square_in_minus_one_to_one(size: tuple[int, int], 
 def test_the_centre_is_cropped_and_mirrored() -> None:
     image = Image.new("RGB", (48, 16), "black")
     image.paste("white", (16, 0, 24, 16))
-    squares = crops(Picture(image), SQUARE, replace(RECIPE, random_flip=True), generator())
+    squares = crops(Raster(image), SQUARE, replace(RECIPE, random_flip=True), generator())
     centre, mirrored = (square.pixels for square in squares)
     assert (centre[..., :8] == 1).all()
     assert (centre[..., 8:] == -1).all()
@@ -97,10 +54,10 @@ def test_the_centre_is_cropped_and_mirrored() -> None:
 def test_a_crop_tells_how_it_was_cut() -> None:
     """As diffusers' SDXL training scripts do: sizes before scaling, corners after it, mirrored first."""
     image = Image.new("RGB", (96, 32), "black")
-    plain, mirrored = crops(Picture(image), SQUARE, replace(RECIPE, random_flip=True), generator())
+    plain, mirrored = crops(Raster(image), SQUARE, replace(RECIPE, random_flip=True), generator())
     assert plain.framing == mirrored.framing == Framing((32, 96), (0, 16), (16, 16))
     recipe = replace(RECIPE, random_flip=True, random_crop=True)
-    pairs = crops(Picture(image), SQUARE, recipe, generator())
+    pairs = crops(Raster(image), SQUARE, recipe, generator())
     for cut, turned in zip(pairs[::2], pairs[1::2], strict=True):
         assert cut.framing.corner[1] + turned.framing.corner[1] == 48 - 16
     assert len({square.framing.corner for square in pairs}) > 2
@@ -139,7 +96,7 @@ def test_the_mask_is_cut_like_the_picture() -> None:
     image = Image.new("RGBA", (48, 16), (255, 255, 255, 0))
     image.paste((255, 0, 0, 255), (16, 0, 24, 16))
     recipe = replace(RECIPE, masked_loss=True, random_crop=True, random_flip=True)
-    for crop in crops(upright(image), SQUARE, recipe, generator()):
+    for crop in crops(Raster.of(image), SQUARE, recipe, generator()):
         assert crop.mask is not None
         assert torch.equal(crop.mask, (1 - crop.pixels[1]) / 2)  # green: 1 on white, -1 on red
         latent = crop.latent_mask(4)
@@ -149,7 +106,7 @@ def test_the_mask_is_cut_like_the_picture() -> None:
     (opaque,) = crops(noise(16, 16), SQUARE, replace(RECIPE, masked_loss=True), generator())
     assert opaque.mask is not None
     assert (opaque.mask == 1).all()
-    (plain,) = crops(upright(image), SQUARE, RECIPE, generator())
+    (plain,) = crops(Raster.of(image), SQUARE, RECIPE, generator())
     assert plain.mask is None
     assert plain.latent_mask(4) is None
 
@@ -194,6 +151,6 @@ def test_a_picture_keeps_its_shape_in_its_bucket() -> None:
     assert np.abs((crop.pixels.permute(1, 2, 0).numpy() + 1) * 127.5 - np.asarray(cut)).max() < 1e-3
 
 
-def noise(width: int, height: int) -> Picture:
+def noise(width: int, height: int) -> Raster:
     values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Picture(Image.fromarray(values))
+    return Raster(Image.fromarray(values))
