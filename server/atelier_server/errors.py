@@ -299,6 +299,14 @@ def _tree(cls: type[AtelierError]) -> list[type[AtelierError]]:
 _BY_REASON = {cls.reason: cls for cls in _tree(AtelierError)}
 
 
-def by_reason(reason: str, message: str, metadata: Mapping[str, str] | None = None) -> AtelierError:
+def by_reason(
+    reason: str,
+    message: str,
+    metadata: Mapping[str, str] | None = None,
+    violations: tuple[Violation, ...] = (),
+) -> AtelierError:
     """The error that a worker's event names; an unknown reason is INTERNAL."""
-    return _BY_REASON.get(reason, AtelierError)(message, metadata)
+    cls = _BY_REASON.get(reason, AtelierError)
+    if issubclass(cls, InvalidRequest):
+        return cls(message, metadata, violations=violations)
+    return cls(message, metadata)

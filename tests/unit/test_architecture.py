@@ -39,7 +39,7 @@ ROOMS: dict[str, set[str]] = {
     "receipt": {"core"},
     "report": set(),
     "origin": set(),
-    "messages": {"core", "origin", "report"},
+    "messages": {"core", "errors", "origin", "report"},
     "logs": {"origin"},
     "traces": {"origin", *MESSAGES},
     "otel": {"origin", "traces", *MESSAGES},

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 
 from atelier_server.engine.runner import Runner
-from atelier_server.errors import AtelierError, OutOfMemory
+from atelier_server.errors import AtelierError, InvalidRequest, OutOfMemory
 from atelier_server.messages import CallFailed, Event, JobFailed, Sample
 from atelier_server.origin import Origin
 
@@ -25,7 +25,8 @@ class Failures:
 
     def of(self, job_id: str, error: Exception) -> JobFailed:
         if isinstance(error, AtelierError):
-            return JobFailed(job_id, error.reason, error.message, tuple(error.metadata.items()))
+            violations = error.violations if isinstance(error, InvalidRequest) else ()
+            return JobFailed(job_id, error.reason, error.message, tuple(error.metadata.items()), violations)
         about = {"job": job_id, "request_id": self._origin(job_id).request_id}
         _log.error("a job failed", exc_info=error, extra={k: v for k, v in about.items() if v})
         return JobFailed(job_id, "INTERNAL", "an internal error; the server's log has the details")
@@ -35,7 +36,7 @@ class Failures:
 
     def of_call(self, call_id: str, error: Exception) -> CallFailed:
         failure = self.of("", error)
-        return CallFailed(call_id, failure.reason, failure.message, failure.metadata)
+        return CallFailed(call_id, failure.reason, failure.message, failure.metadata, failure.violations)
 
     def out_of_memory(self, error: Exception, phase: str) -> OutOfMemory | None:
         """What to tell users if that was the error; what torch had cached is free again."""

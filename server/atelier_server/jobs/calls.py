@@ -83,7 +83,8 @@ class Calls:
         if future is None or future.done():
             return  # the caller has gone
         if isinstance(event, CallFailed):
-            future.set_exception(by_reason(event.reason, event.message, dict(event.metadata)))
+            error = by_reason(event.reason, event.message, dict(event.metadata), event.violations)
+            future.set_exception(error)
         else:
             future.set_result(event)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from copy import copy
 from dataclasses import replace
 
 from atelier_server.core import GenerationJob
@@ -101,7 +102,9 @@ class Generation:
     def end(self, failure: JobFailed | Exception | None, end_time: float) -> None:
         """No event comes after this; readers get the rest, then the failure."""
         if isinstance(failure, JobFailed):
-            self.failure = by_reason(failure.reason, failure.message, dict(failure.metadata))
+            self.failure = by_reason(
+                failure.reason, failure.message, dict(failure.metadata), failure.violations
+            )
         elif isinstance(failure, AtelierError):
             self.failure = failure
         # A finished generation is kept for its receipt, not for the pictures that came with the request.
@@ -146,6 +149,6 @@ class Reader:
                 await self.wake.wait()
             elif (failure := self.generation.failure) is not None:
                 # A new object for each reader: a raised exception belongs to whoever raised it.
-                raise by_reason(failure.reason, failure.message, failure.metadata)
+                raise copy(failure)
             else:
                 return

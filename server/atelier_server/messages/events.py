@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from atelier_server.core import BaseInfo, CheckpointId, Costs, State
+from atelier_server.errors import Violation
 from atelier_server.origin import Origin
 from atelier_server.report import AdapterComparison, AdapterReport
 
@@ -84,6 +85,7 @@ class JobFailed:
     reason: str
     message: str
     metadata: tuple[tuple[str, str], ...] = ()
+    violations: tuple[Violation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +236,7 @@ class CallFailed:
     reason: str
     message: str
     metadata: tuple[tuple[str, str], ...] = ()
+    violations: tuple[Violation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,6 @@ import pytest
 from atelier import (
     AlreadyExistsError,
     Client,
-    InvalidArgumentError,
     NotFoundError,
 )
 from tests.pictures import png, soft_colours
@@ -60,15 +59,22 @@ def test_pictures_that_do_not_fit_are_named_with_what_would(client: Client) -> N
     assert found == {"image": "is 1200 x 1400; 64 x 64 would be right"}
     speck = np.zeros((64, 64))
     speck[1, 1] = 255
-    error = refused(
-        InvalidArgumentError,
-        "INVALID_REQUEST",
-        lambda: client.generate("x", image=soft_colours(), mask_image=png(speck), num_inference_steps=2),
+    found = violations(
+        lambda: client.generate("x", image=soft_colours(), mask_image=png(speck), num_inference_steps=2)
     )
-    assert "mask_image: nothing of it is left at the latents' size" in error.message
+    assert found.keys() == {"mask_image"}
+    assert "nothing of it is left at the latents' size" in found["mask_image"]
     assert violations(lambda: client.generate("x", eta=0.5, scheduler="euler")) == {
         "eta": "scheduler euler has no eta; those that have it: ddim, tcd"
     }
+
+
+def test_what_only_the_worker_sees_is_told_by_field_too(client: Client, tmp_path: Path) -> None:
+    assert violations(lambda: client.generate("x", scheduler="pndm", num_inference_steps=1)) == {
+        "num_inference_steps": "1 do not suit pndm; 4 would"
+    }
+    found = violations(lambda: client.extract_adapter(str(tmp_path), "two", 2))
+    assert found.keys() == {"tuned"}
 
 
 def test_a_prompt_of_100_kb(client: Client) -> None:
