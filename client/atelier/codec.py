@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from atelier import fields, recipe, transfer, wire
@@ -21,6 +22,13 @@ from atelier.recipe import RecipeSource
 from atelier.records import TrainingImage
 from atelier.selection import Adapters, Selection, steps_of
 from atelier.v1 import adapter_pb2, generation_pb2, training_pb2
+
+_RANGES = {
+    FieldDescriptor.TYPE_INT32: (-(2**31), 2**31 - 1),
+    FieldDescriptor.TYPE_INT64: (-(2**63), 2**63 - 1),
+    FieldDescriptor.TYPE_UINT32: (0, 2**32 - 1),
+    FieldDescriptor.TYPE_UINT64: (0, 2**64 - 1),
+}
 
 
 def generate_request(
@@ -186,12 +194,13 @@ def _assign(message: Message, name: str, value: Any) -> None:
     if field.enum_type is not None:
         setattr(message, name, wire.number_of(field.enum_type, value))
     elif name == "controlnets":
-        several = [value] if isinstance(value, str | Control) else value
-        given = [Control.of(one) if isinstance(one, str) else one for one in several]
-        getattr(message, name).extend(one.message() for one in given)
+        getattr(message, name).extend(one.message() for one in Control.several(value))
     elif field.is_repeated:
         getattr(message, name).extend([value] if isinstance(value, str) else value)
     elif field.type == field.TYPE_BYTES:
         setattr(message, name, transfer.picture_bytes(value))
     else:
+        low, high = _RANGES.get(field.type, (value, value))
+        if isinstance(value, int) and not low <= value <= high:
+            raise ValueError(f"is not between {low} and {high}")
         setattr(message, name, value)

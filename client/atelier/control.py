@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,10 @@ from atelier import transfer
 from atelier.events import Picture
 from atelier.v1 import generation_pb2
 
-_TEXT = re.compile(r"(?P<name>[^=]+)=(?P<file>.+?)(:(?P<scale>[\d.]+)(:(?P<start>[\d.]+)-(?P<end>[\d.]+))?)?")
+_TEXT = re.compile(
+    r"(?P<name>[^=]+)=(?P<file>.+?)(:(?P<scale>-?[\d.]+)(:(?P<start>[\d.]+)-(?P<end>[\d.]+))?)?"
+)
+_NUMBER = re.compile(r":-?[\d.]+(-[\d.]+)?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +34,19 @@ class Control:
     def of(cls, text: str) -> Control:
         """NAME=FILE[:SCALE[:START-END]]. ValueError for anything else."""
         match = _TEXT.fullmatch(text)
-        if match is None:
+        if match is None or (_NUMBER.search(match["file"]) and not Path(match["file"]).exists()):
             raise ValueError(f"{text!r} is not NAME=FILE[:SCALE[:START-END]]")
         try:
             numbers = [float(match[key]) if match[key] else None for key in ("scale", "start", "end")]
         except ValueError as error:
             raise ValueError(f"{text!r}: {error}") from None
         return cls(match["name"], match["file"], *numbers)
+
+    @classmethod
+    def several(cls, given: str | Control | Iterable[str | Control]) -> list[Control]:
+        """Of one or several, as text or as they are. ValueError for what is not NAME=FILE[...]."""
+        each = [given] if isinstance(given, str | Control) else given
+        return [cls.of(one) if isinstance(one, str) else one for one in each]
 
     def message(self) -> generation_pb2.ControlNetSelection:
         """OSError where the picture cannot be read."""

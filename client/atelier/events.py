@@ -146,6 +146,9 @@ class Receipt:
     clip_skip: int = 0
     batch_buckets: tuple[int, ...] = ()
     quantization: str = ""
+    base_config_sha256: str = ""
+    compiled: bool = False
+    device_description: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,12 @@ from atelier.aio import AsyncClient
 from atelier.client import Client
 from atelier.control import Control
 from atelier.events import Image, Receipt, ReceiptAdapter, ReceiptControlNet
-from atelier.fields import PictureFile
+from atelier.fields import Controls, PictureFile
 from atelier.records import BaseModel, ServerInfo
 from atelier.selection import Selection
 
+# What else than the request decides about the bits.
+_CIRCUMSTANCES = ("dtype", "device", "quantization", "compiled")
 _FORMATS = {"PNG": "png", "JPEG": "jpeg", "WEBP": "webp"}
 # What a request takes over from a receipt as it is.
 _SAME = (
@@ -49,14 +51,14 @@ class Given(TypedDict, total=False):
 
     image: PictureFile
     mask_image: PictureFile
-    controlnets: Sequence[str | Control]
+    controlnets: Controls
 
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
     """`image` painted anew beside the one of the file: `largest_difference` of any channel, 0 to 255.
 
-    `changes` are what is not as it was: versions, dtype, device.
+    `changes` are what is not as it was: versions, dtype, device, the base's configs, whether it is compiled.
     """
 
     image: Image
@@ -88,7 +90,7 @@ def replay(client: Client, file: PictureFile, **given: Unpack[Given]) -> Replaye
     """
     before = transfer.picture_bytes(file)
     receipt = read_receipt(before)
-    check_base(receipt, client.server_info())
+    check_server(receipt, client.server_info())
     return compare(before, receipt, client.generate(**arguments(before, receipt, **given)).images[0])
 
 
@@ -96,7 +98,7 @@ async def replay_async(client: AsyncClient, file: PictureFile, **given: Unpack[G
     """As `replay`."""
     before = transfer.picture_bytes(file)
     receipt = read_receipt(before)
-    check_base(receipt, await client.server_info())
+    check_server(receipt, await client.server_info())
     result = await client.generate(**arguments(before, receipt, **given))
     return compare(before, receipt, result.images[0])
 
@@ -122,8 +124,8 @@ def arguments(file: bytes, receipt: Receipt, **given: Unpack[Given]) -> dict[str
     }
 
 
-def check_base(receipt: Receipt, info: ServerInfo) -> None:
-    """ValueError where the server has another base model."""
+def check_server(receipt: Receipt, info: ServerInfo) -> None:
+    """ValueError where the server has another base model, or other weights under a ControlNet's name."""
     base = info.base_model
     if base is not None and base.sha256 and base.sha256 != receipt.base_sha256:
         raise ValueError(
@@ -131,6 +133,13 @@ def check_base(receipt: Receipt, info: ServerInfo) -> None:
             f"(sha256 {receipt.base_sha256[:12]}...), "
             f"the server has {_told(base.reference, base)} (sha256 {base.sha256[:12]}...)"
         )
+    has = {net.name: net.sha256 for net in info.controlnets}
+    for use in receipt.controlnets:
+        if (found := has.get(use.name, use.sha256)) != use.sha256:
+            raise ValueError(
+                f"the picture was painted with another ControlNet {use.name} "
+                f"(sha256 {use.sha256[:12]}...) than the server has (sha256 {found[:12]}...)"
+            )
 
 
 def _told(reference: str, of: Receipt | BaseModel) -> str:
@@ -151,27 +160,45 @@ def compare(file: bytes, receipt: Receipt, image: Image) -> Replayed:
 
 
 def _changes(before: Receipt, after: Receipt) -> Iterable[str]:
-    for name in ("dtype", "device", "quantization"):
-        if getattr(before, name) != getattr(after, name):
-            yield f"{name} {getattr(before, name) or 'none'}, now {getattr(after, name) or 'none'}"
+    for name in _CIRCUMSTANCES:
+        was, now = getattr(before, name), getattr(after, name)
+        if was != now:
+            yield f"{name} {_word(was)}, now {_word(now)}"
+    # Receipts of before these were told say nothing of them.
+    for name in ("base_config_sha256", "device_description"):
+        was, now = getattr(before, name), getattr(after, name)
+        if was and was != now:
+            yield f"{name} {was}, now {_word(now)}"
     for package in sorted({*before.versions, *after.versions}):
         was, now = (receipt.versions.get(package, "none") for receipt in (before, after))
         if was != now:
             yield f"{package} {was}, now {now}"
 
 
-def _controls(used: Sequence[ReceiptControlNet], given: Sequence[str | Control]) -> list[Control]:
-    files = {one.name: one.image for one in (Control.of(g) if isinstance(g, str) else g for g in given)}
-    return [
-        Control(
-            use.name,
-            _same_file(f"controlnets {use.name}", files.get(use.name), use.image_sha256) or b"",
-            use.scale,
-            use.start,
-            use.end,
-        )
-        for use in used
-    ]
+def _word(value: str | bool) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return value or "none"
+
+
+def _controls(used: Sequence[ReceiptControlNet], given: Controls) -> list[Control]:
+    """The ControlNets of the receipt with the pictures that are given. ValueError for what it has not."""
+    mine = {one.name: one for one in Control.several(given)}
+    for name in mine.keys() - {use.name for use in used}:
+        raise ValueError(f"controlnets {name}: the picture was made without it")
+    return [_control(use, mine.get(use.name)) for use in used]
+
+
+def _control(use: ReceiptControlNet, given: Control | None) -> Control:
+    for key in ("scale", "start", "end"):
+        asked, was = getattr(given, key, None), getattr(use, key)
+        if asked not in (None, was):
+            raise ValueError(
+                f"controlnets {use.name}: the picture was made with {key} {was:g}, not {asked:g}"
+            )
+    source = given.image if given is not None else None
+    image = _same_file(f"controlnets {use.name}", source, use.image_sha256)
+    return Control(use.name, image or b"", use.scale, use.start, use.end)
 
 
 def _same_file(field: str, source: PictureFile | None, sha256: str) -> bytes | None:

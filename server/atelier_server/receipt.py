@@ -68,6 +68,9 @@ class Receipt:
     clip_skip: int = 0
     batch_buckets: tuple[int, ...] = ()
     quantization: str = ""
+    base_config_sha256: str = ""
+    compiled: bool = False
+    device_description: str = ""
 
     def embedded(self) -> dict[str, object]:
         """As JSON takes it, without what is not set."""
@@ -121,5 +124,8 @@ def receipt(
         ),
         clip_skip=job.clip_skip,
         quantization=base.quantization,
+        base_config_sha256=base.config_sha256,
+        compiled=base.compiled,
+        device_description=base.device_description,
         **asdict(job.scheduler_options),
     )

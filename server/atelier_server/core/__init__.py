@@ -248,7 +248,8 @@ class Costs:
 class BaseInfo:
     """The resident base model. `schedulers` are those that it can be used with; `scheduler_options`: which
     `SchedulerOptions` each of all has; `inpainting`: its U-Net wants a picture and a mask besides;
-    `training`: how it can be taught; `quantization`: of the U-Net's linear layers ("", int8, fp8).
+    `training`: how it can be taught; `quantization`: of the U-Net's linear layers ("", int8, fp8);
+    `config_sha256`: over its configs, "" where a single file has none; `compiled`: its U-Net runs so.
     """
 
     reference: str
@@ -272,3 +273,5 @@ class BaseInfo:
     scheduler_options: tuple[tuple[str, tuple[str, ...]], ...] = ()
     training: TrainingAbilities = field(default_factory=TrainingAbilities)
     quantization: str = ""
+    config_sha256: str = ""
+    compiled: bool = False

@@ -41,6 +41,7 @@ class BaseModel:
         family: Family,
         reference: str,
         sha256: str,
+        config_sha256: str = "",
         quantization: Quantization = "",
         offloaded: Mapping[str, Offloaded] = MappingProxyType({}),
     ) -> None:
@@ -48,6 +49,7 @@ class BaseModel:
         self.family = family
         self.reference = reference
         self.sha256 = sha256
+        self.config_sha256 = config_sha256
         self.quantization = quantization
         self.offloaded = offloaded
         self.modules: dict[str, nn.Module] = {name: getattr(pipeline, name) for name in family.components}
@@ -212,6 +214,7 @@ def load_base(
         family=loaded.family,
         reference=reference,
         sha256=sha256,
+        config_sha256=digest(loaded.configs) if loaded.configs else "",
         quantization=quantization,
         offloaded={name: Offloaded.on(getattr(pipeline, name), target) for name in resting},
     )

@@ -25,11 +25,15 @@ _FIRST_LAYER = "model.diffusion_model.input_blocks.0.0.weight"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Loaded:
-    """A pipeline on the CPU, and the files with its weights, in an order that is always the same."""
+    """A pipeline on the CPU, the files with its weights, and those with its configs and tokenizers.
+
+    Each in an order that is always the same.
+    """
 
     pipeline: Any
     family: Family
     files: tuple[Path, ...]
+    configs: tuple[Path, ...] = ()
 
 
 def load_pipeline(reference: str, dtype: torch.dtype) -> Loaded:
@@ -97,7 +101,14 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> Loaded:
         )
     except (ValueError, OSError, TypeError) as error:
         raise UnsupportedModel(f"{folder.name} cannot be read: {error}") from error
-    return _checked(Loaded(pipeline, family, files))
+    return _checked(Loaded(pipeline, family, files, _configs(folder, family)))
+
+
+def _configs(folder: Path, family: Family) -> tuple[Path, ...]:
+    """All that is not weights and changes what is painted."""
+    parts = (*family.components, *family.tokenizers, "scheduler")
+    files = [path for part in parts for kind in ("*.json", "*.txt") for path in (folder / part).glob(kind)]
+    return (folder / "model_index.json", *sorted(files))
 
 
 def _checked(loaded: Loaded) -> Loaded:
@@ -131,12 +142,13 @@ def _load_file(path: Path, dtype: torch.dtype) -> Loaded:
     if beside.is_dir():
         family = _family_of(beside, read_json(beside / "model_index.json"))
         source = {"config": str(beside), "local_files_only": True}
+        configs = _configs(beside, family)
     else:
-        family, source = _family_of_file(path), {}
+        family, source, configs = _family_of_file(path), {}, ()
     with whole(path):
         pipeline = family.pipeline.from_single_file(str(path), dtype=dtype, **family.without, **source)
         pipeline.to("cpu")
-    return _checked(Loaded(pipeline, family, (path,)))
+    return _checked(Loaded(pipeline, family, (path,), configs))
 
 
 @contextmanager

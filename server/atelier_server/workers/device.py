@@ -31,7 +31,13 @@ _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _PACKAGES = ("atelier", "torch", "diffusers", "transformers", "peft")
 
 
-def describe(base: BaseModel, prediction_type: str, controlnets: tuple[ControlNetInfo, ...] = ()) -> BaseInfo:
+def describe(
+    base: BaseModel,
+    prediction_type: str,
+    controlnets: tuple[ControlNetInfo, ...] = (),
+    *,
+    compiled: bool = False,
+) -> BaseInfo:
     """The resident base and what lies beside it, for GetServerInfo and receipts."""
     return BaseInfo(
         reference=base.reference,
@@ -55,6 +61,8 @@ def describe(base: BaseModel, prediction_type: str, controlnets: tuple[ControlNe
         scheduler_options=tuple(all_options()),
         training=abilities(base),
         quantization=base.quantization,
+        config_sha256=base.config_sha256,
+        compiled=compiled,
     )
 
 

@@ -70,7 +70,9 @@ class TorchRunner:
         self.denoiser = Denoiser(self.base.unet, self.base.scheduler_config)
         self._probe = Probe(self.base, self.denoiser, self.bank)
         self._controlnets = ControlNets(dict(settings.controlnets), self.base)
-        self._info = device.describe(self.base, self.denoiser.prediction_type, self._controlnets.infos)
+        self._info = device.describe(
+            self.base, self.denoiser.prediction_type, self._controlnets.infos, compiled=settings.compile
+        )
         self.store = AdapterStore.at(
             Path(settings.data_dir), settings.store, settings.store_cache_bytes, settings.owner
         )

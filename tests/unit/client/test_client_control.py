@@ -35,9 +35,15 @@ def test_text_and_objects_say_the_same(picture: Path) -> None:
     assert sent(atelier.Control("canny", picture, scale=0.5, start=0.0, end=0.75)) == [full]
 
 
+def test_a_scale_below_zero_is_the_servers_to_refuse(picture: Path) -> None:
+    assert sent(f"canny={picture}:-1") == [ControlNetSelection(name="canny", image=b"a picture", scale=-1)]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("canny=/no/such.png:0.5:0.2", r"is not NAME=FILE\[:SCALE\[:START-END\]\]"),
+        ("canny=/no/such.png:1:0-", r"No such file"),
         ("edges.png", r"'edges.png' is not NAME=FILE\[:SCALE\[:START-END\]\]"),
         ("canny=/no/such.png", "No such file"),
         ("canny=/no/such.png:1.2.3", "could not convert string to float"),

@@ -15,6 +15,7 @@ from transformers import CLIPTokenizer
 from atelier_server import pocket
 from atelier_server.diffusion.base import BaseModel, load_base
 from atelier_server.diffusion.families import UnsupportedModel
+from tests.bases import edit
 from tests.ldm import write_single_file
 
 
@@ -63,6 +64,17 @@ def test_other_weights_anywhere_are_another_base(base: BaseModel, tmp_path: Path
     tensors[min(tensors)] += 1
     save_file(tensors, file, {"format": "pt"})
     assert load_base(str(folder), "cpu").sha256 != base.sha256
+
+
+@pytest.mark.parametrize("name", ["scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"])
+def test_other_configs_are_told_apart_and_the_weights_stay_the_same(
+    base: BaseModel, tmp_path: Path, name: str
+) -> None:
+    folder = copy_of_pocket(tmp_path / "model")
+    assert load_base(str(folder), "cpu").config_sha256 == base.config_sha256
+    edit(folder / name, something="else")
+    other = load_base(str(folder), "cpu")
+    assert (other.sha256 == base.sha256, other.config_sha256 == base.config_sha256) == (True, False)
 
 
 def test_a_half_precision_variant_is_found(base: BaseModel, tmp_path: Path) -> None:
