@@ -149,6 +149,7 @@ class Receipt:
     base_config_sha256: str = ""
     compiled: bool = False
     device_description: str = ""
+    empty_negative_prompt: bool = False
 
 
 @dataclass(frozen=True, slots=True)

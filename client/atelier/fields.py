@@ -25,7 +25,7 @@ AdapterFormat = Literal["diffusers", "kohya", "peft", "textual-inversion"]
 class GenerateFields(TypedDict, total=False):
     """`GenerateRequest` but for the prompt, the adapters and the request id."""
 
-    negative_prompt: Annotated[str, "what the picture should not show"]
+    negative_prompt: Annotated[str, "what the picture should not show; none is not to all bases an empty one"]
     seed: Annotated[int, "picture i uses seed + i; drawn at random by default"]
     num_images: Annotated[int, "how many pictures (default: 1)"]
     num_inference_steps: Annotated[int, "denoise steps a picture (default: 50)"]

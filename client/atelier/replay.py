@@ -27,7 +27,6 @@ _FORMATS = {"PNG": "png", "JPEG": "jpeg", "WEBP": "webp"}
 # What a request takes over from a receipt as it is.
 _SAME = (
     "prompt",
-    "negative_prompt",
     "seed",
     "num_inference_steps",
     "guidance_scale",
@@ -107,6 +106,7 @@ def arguments(file: bytes, receipt: Receipt, **given: Unpack[Given]) -> dict[str
     """What `generate` is called with."""
     with _opened(file) as picture:
         image_format = _FORMATS.get(str(picture.format), "png")
+    negative = receipt.negative_prompt
     rows = (
         {"batch_buckets": receipt.batch_buckets}
         if receipt.batch_buckets
@@ -114,6 +114,7 @@ def arguments(file: bytes, receipt: Receipt, **given: Unpack[Given]) -> dict[str
     )
     return {
         **{name: value for name in _SAME if (value := getattr(receipt, name)) is not None},
+        **({"negative_prompt": negative} if negative or receipt.empty_negative_prompt else {}),
         **rows,
         "reproducibility": "strict",
         "image_format": image_format,

@@ -71,6 +71,7 @@ class Receipt:
     base_config_sha256: str = ""
     compiled: bool = False
     device_description: str = ""
+    empty_negative_prompt: bool = False
 
     def embedded(self) -> dict[str, object]:
         """As JSON takes it, without what is not set."""
@@ -88,7 +89,7 @@ def receipt(
         base_model=base.reference,
         base_sha256=base.sha256,
         prompt=job.prompt,
-        negative_prompt=job.negative_prompt,
+        negative_prompt=job.negative_prompt or "",
         adapters=tuple(
             AdapterReceipt(
                 # As its user wrote it: a receipt leaves the server, also in the picture's file.
@@ -127,5 +128,6 @@ def receipt(
         base_config_sha256=base.config_sha256,
         compiled=base.compiled,
         device_description=base.device_description,
+        empty_negative_prompt=job.negative_prompt == "",
         **asdict(job.scheduler_options),
     )

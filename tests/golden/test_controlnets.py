@@ -93,7 +93,7 @@ def picture(
             dtype=base.dtype,
         ),
         prompt=base.family.condition(base.encode_prompt(PROMPT), framing),
-        negative=base.family.condition(base.encode_negative(""), framing) if scale > 1 else None,
+        negative=base.family.condition(base.encode_negative(None), framing) if scale > 1 else None,
         guidance_scale=scale,
         controls=[Control(served.nets[u.name], u.pixels, u.scale, u.start, u.end) for u in uses],
     )

@@ -32,6 +32,15 @@ def test_a_fast_picture_names_the_bucket_it_was_painted_in() -> None:
     assert (embedded["reproducibility"], embedded["versions"]["torch"]) == ("fast", "none")
 
 
+def test_no_negative_prompt_is_not_an_empty_one() -> None:
+    def told(negative: str | None) -> tuple[str, bool]:
+        job = generation("g", negative_prompt=negative)
+        made = receipt(job, BASE, seed=4, num_images=1, buckets=[4])
+        return made.negative_prompt, made.empty_negative_prompt
+
+    assert [told(text) for text in (None, "", "blue")] == [("", False), ("", True), ("blue", False)]
+
+
 def test_a_strict_one_names_its_own() -> None:
     job = generation("g", mode=Mode.STRICT, bucket=8)
     assert receipt(job, BASE, seed=4, num_images=1, buckets=[8, 8]).batch_buckets == ()

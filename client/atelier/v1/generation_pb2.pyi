@@ -218,6 +218,9 @@ class GenerateRequest(_message.Message):
     encoders' window is heard in several, at most 8. The same goes for `negative_prompt`.
     """
     negative_prompt: _builtins.str
+    """Without it a base hears what it learned to take for no prompt: the empty text, or zeros (SDXL's
+    `force_zeros_for_empty_prompt`). An empty one is an empty text.
+    """
     seed: _builtins.int
     """Picture i uses seed + i. Drawn at random if unset, and told in `completed`."""
     num_images: _builtins.int
@@ -756,6 +759,7 @@ class Receipt(_message.Message):
     BASE_CONFIG_SHA256_FIELD_NUMBER: _builtins.int
     COMPILED_FIELD_NUMBER: _builtins.int
     DEVICE_DESCRIPTION_FIELD_NUMBER: _builtins.int
+    EMPTY_NEGATIVE_PROMPT_FIELD_NUMBER: _builtins.int
     CONTROLNETS_FIELD_NUMBER: _builtins.int
     base_model: _builtins.str
     base_sha256: _builtins.str
@@ -793,6 +797,8 @@ class Receipt(_message.Message):
     """Whether the U-Net ran compiled (`serve --compile`)."""
     device_description: _builtins.str
     """The GPU's name, or the CPU's kind and threads."""
+    empty_negative_prompt: _builtins.bool
+    """The request had an empty negative prompt, which is not to every base the same as none."""
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Receipt.Adapter]: ...
     @_builtins.property
@@ -844,11 +850,12 @@ class Receipt(_message.Message):
         base_config_sha256: _builtins.str = ...,
         compiled: _builtins.bool = ...,
         device_description: _builtins.str = ...,
+        empty_negative_prompt: _builtins.bool = ...,
         controlnets: _abc.Iterable[Global___Receipt.ControlNet] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_eta", b"_eta", "_rescale_betas_zero_snr", b"_rescale_betas_zero_snr", "_strength", b"_strength", "_timestep_spacing", b"_timestep_spacing", "_use_beta_sigmas", b"_use_beta_sigmas", "_use_exponential_sigmas", b"_use_exponential_sigmas", "_use_karras_sigmas", b"_use_karras_sigmas", "create_time", b"create_time", "eta", b"eta", "rescale_betas_zero_snr", b"rescale_betas_zero_snr", "strength", b"strength", "timestep_spacing", b"timestep_spacing", "use_beta_sigmas", b"use_beta_sigmas", "use_exponential_sigmas", b"use_exponential_sigmas", "use_karras_sigmas", b"use_karras_sigmas"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eta", b"_eta", "_rescale_betas_zero_snr", b"_rescale_betas_zero_snr", "_strength", b"_strength", "_timestep_spacing", b"_timestep_spacing", "_use_beta_sigmas", b"_use_beta_sigmas", "_use_exponential_sigmas", b"_use_exponential_sigmas", "_use_karras_sigmas", b"_use_karras_sigmas", "adapters", b"adapters", "base_config_sha256", b"base_config_sha256", "base_model", b"base_model", "base_sha256", b"base_sha256", "batch_bucket", b"batch_bucket", "batch_buckets", b"batch_buckets", "clip_skip", b"clip_skip", "compiled", b"compiled", "controlnets", b"controlnets", "create_time", b"create_time", "device", b"device", "device_description", b"device_description", "dtype", b"dtype", "eta", b"eta", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "image_sha256", b"image_sha256", "mask_image_sha256", b"mask_image_sha256", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "prompt", b"prompt", "quantization", b"quantization", "reproducibility", b"reproducibility", "rescale_betas_zero_snr", b"rescale_betas_zero_snr", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "timestep_spacing", b"timestep_spacing", "use_beta_sigmas", b"use_beta_sigmas", "use_exponential_sigmas", b"use_exponential_sigmas", "use_karras_sigmas", b"use_karras_sigmas", "versions", b"versions", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eta", b"_eta", "_rescale_betas_zero_snr", b"_rescale_betas_zero_snr", "_strength", b"_strength", "_timestep_spacing", b"_timestep_spacing", "_use_beta_sigmas", b"_use_beta_sigmas", "_use_exponential_sigmas", b"_use_exponential_sigmas", "_use_karras_sigmas", b"_use_karras_sigmas", "adapters", b"adapters", "base_config_sha256", b"base_config_sha256", "base_model", b"base_model", "base_sha256", b"base_sha256", "batch_bucket", b"batch_bucket", "batch_buckets", b"batch_buckets", "clip_skip", b"clip_skip", "compiled", b"compiled", "controlnets", b"controlnets", "create_time", b"create_time", "device", b"device", "device_description", b"device_description", "dtype", b"dtype", "empty_negative_prompt", b"empty_negative_prompt", "eta", b"eta", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "image_sha256", b"image_sha256", "mask_image_sha256", b"mask_image_sha256", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "prompt", b"prompt", "quantization", b"quantization", "reproducibility", b"reproducibility", "rescale_betas_zero_snr", b"rescale_betas_zero_snr", "scheduler", b"scheduler", "seed", b"seed", "strength", b"strength", "timestep_spacing", b"timestep_spacing", "use_beta_sigmas", b"use_beta_sigmas", "use_exponential_sigmas", b"use_exponential_sigmas", "use_karras_sigmas", b"use_karras_sigmas", "versions", b"versions", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__eta: _TypeAlias = _typing.Literal["eta"]  # noqa: Y015
     _WhichOneofArgType__eta: _TypeAlias = _typing.Literal["_eta", b"_eta"]  # noqa: Y015

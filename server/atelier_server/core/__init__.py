@@ -145,7 +145,7 @@ class GenerationJob:
 
     id: str
     prompt: str
-    negative_prompt: str
+    negative_prompt: str | None
     adapters: tuple[AdapterUse, ...]
     seed: int
     num_images: int

@@ -113,11 +113,11 @@ class BaseModel:
             return prompts.encode(self.family, self.encoders, text, clip_skip, words)
 
     def encode_negative(
-        self, text: str, *, words: Mapping[str, WordIds] = MappingProxyType({})
+        self, text: str | None, *, words: Mapping[str, WordIds] = MappingProxyType({})
     ) -> TextEmbeds:
-        """As `encode_prompt`, but an empty text is what the base learned to take for no prompt at all."""
-        embeds = self.encode_prompt(text, words=words)
-        return embeds.zeros() if self._zeros_for_no_prompt and not text else embeds
+        """As `encode_prompt`; None is what the base learned to take for no prompt at all."""
+        embeds = self.encode_prompt(text or "", words=words)
+        return embeds.zeros() if self._zeros_for_no_prompt and text is None else embeds
 
     def encode_caption(self, text: str, *, words: Mapping[str, WordIds] = MappingProxyType({})) -> TextEmbeds:
         """A training picture's caption, word for word; what does not fit the encoders is cut off."""

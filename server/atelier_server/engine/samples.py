@@ -71,7 +71,7 @@ class Samples:
         return GenerationJob(
             id=generation_id,
             prompt=prompt,
-            negative_prompt="",
+            negative_prompt=None,
             adapters=(),
             seed=seed,
             num_images=1,

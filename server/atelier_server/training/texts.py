@@ -58,7 +58,7 @@ class Texts:
         for caption in captions:
             if caption not in self._of_base:
                 base = self._resident
-                text = base.encode_negative("") if caption is None else base.encode_caption(caption)
+                text = base.encode_negative(None) if caption is None else base.encode_caption(caption)
                 self._of_base[caption] = text
         return [self._of_base[caption] for caption in captions]
 
@@ -74,7 +74,7 @@ class Texts:
             for caption in captions:
                 if caption not in heard:
                     heard[caption] = (
-                        self._base.encode_negative("")
+                        self._base.encode_negative(None)
                         if caption is None
                         else self._base.encode_caption(caption, words=words.ids)
                     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import partial
 
 from atelier_server.adapters.bank import SlotBank
 from atelier_server.core import AdapterUse, GenerationJob
@@ -17,7 +16,7 @@ Loaded = Sequence[tuple[AdapterUse, int]]
 """A picture's adapters, and the slots in which they lie."""
 # The text, whether it is a negative one, the layers left out, and contents and weights of the adapters that
 # change it.
-_Key = tuple[str, bool, int, tuple[tuple[str, float], ...]]
+_Key = tuple[str | None, bool, int, tuple[tuple[str, float], ...]]
 
 
 class Texts:
@@ -39,20 +38,22 @@ class Texts:
             return prompt, None
         # As diffusers' pipelines have it: the negative prompt is heard to the last layer.
         negative = self.negative(job.negative_prompt, adapters)
+        empty = None if job.negative_prompt is None else ""
         length = max(len(prompt.states), len(negative.states))
         return (
             prompt.lengthened(length, self.prompt("", adapters, job.clip_skip)),
-            negative.lengthened(length, self.negative("", adapters)),
+            negative.lengthened(length, self.negative(empty, adapters)),
         )
 
     def prompt(self, text: str, adapters: Loaded = (), clip_skip: int = 0) -> TextEmbeds:
         """With the adapters' changes of the text encoders, and their words."""
         return self._get(text, adapters, clip_skip, negative=False)
 
-    def negative(self, text: str, adapters: Loaded = ()) -> TextEmbeds:
+    def negative(self, text: str | None, adapters: Loaded = ()) -> TextEmbeds:
+        """None: there is none, which is not to all bases an empty one."""
         return self._get(text, adapters, 0, negative=True)
 
-    def _get(self, text: str, adapters: Loaded, clip_skip: int, *, negative: bool) -> TextEmbeds:
+    def _get(self, text: str | None, adapters: Loaded, clip_skip: int, *, negative: bool) -> TextEmbeds:
         heard = [(use, slot) for use, slot in adapters if self._bank.changes(slot, self._encoders)]
         # By content, not by slot: it stays the same when an adapter has been out and comes in again.
         key = (text, negative, clip_skip, tuple(sorted((use.sha256, use.weight) for use, _ in heard)))
@@ -64,13 +65,15 @@ class Texts:
             self._kept.popitem(last=False)
         return embeds
 
-    def _encoded(self, text: str, row: list[tuple[int, float]], negative: bool, clip_skip: int) -> TextEmbeds:
+    def _encoded(
+        self, text: str | None, row: list[tuple[int, float]], negative: bool, clip_skip: int
+    ) -> TextEmbeds:
         words = self._bank.words(row)
-        base = self._base
-        encode = base.encode_negative if negative else partial(base.encode_prompt, clip_skip=clip_skip)
         with self._bank.use(self._bank.gather([row], self._encoders) if row else None, words):
             try:
-                return encode(text, words=words.ids)
+                if negative or text is None:
+                    return self._base.encode_negative(text, words=words.ids)
+                return self._base.encode_prompt(text, clip_skip=clip_skip, words=words.ids)
             except ValueError as error:
                 field = "negative_prompt" if negative else "prompt"
                 raise InvalidRequest.of([Violation(field, str(error))]) from error

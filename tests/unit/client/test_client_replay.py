@@ -55,6 +55,20 @@ def file(receipt: Receipt) -> bytes:
     return stream.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {}),
+        ({"negative_prompt": "blue"}, {"negative_prompt": "blue"}),
+        ({"empty_negative_prompt": True}, {"negative_prompt": ""}),
+    ],
+)
+def test_no_negative_prompt_is_not_an_empty_one(changes: dict[str, Any], expected: dict[str, str]) -> None:
+    receipt = replace(RECEIPT, controlnets=(), **changes)
+    told = arguments(file(receipt), receipt)
+    assert {key: told[key] for key in told.keys() & {"negative_prompt"}} == expected
+
+
 @pytest.fixture
 def edges(tmp_path: Path) -> Path:
     path = tmp_path / "edges.png"

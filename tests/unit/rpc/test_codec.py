@@ -172,8 +172,10 @@ def test_one_kind_of_sigmas_at_a_time() -> None:
 
 
 def test_zero_is_not_unset() -> None:
-    request = generation_pb2.GenerateRequest(seed=0, guidance_scale=0.0)
+    assert decode_generate(generation_pb2.GenerateRequest(), LIMITS, BASE).job.negative_prompt is None
+    request = generation_pb2.GenerateRequest(seed=0, guidance_scale=0.0, negative_prompt="")
     job = decode_generate(request, LIMITS, BASE).job
+    assert job.negative_prompt == ""
     assert (job.seed, job.guidance_scale, job.guided) == (0, 0.0, False)
     with pytest.raises(InvalidRequest, match="num_inference_steps: 0 is not between 1 and 200"):
         decode_generate(generation_pb2.GenerateRequest(num_inference_steps=0), LIMITS, BASE)

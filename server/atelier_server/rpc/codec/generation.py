@@ -84,7 +84,7 @@ def decode_generate(
     job = GenerationJob(
         id=uuid.uuid4().hex,
         prompt=checks.text("prompt", request.prompt, limits.max_prompt_characters),
-        negative_prompt=checks.text("negative_prompt", request.negative_prompt, limits.max_prompt_characters),
+        negative_prompt=_negative(checks, request, limits),
         adapters=(),
         seed=seed,
         num_images=checks.integer("num_images", num_images, 1, limits.max_num_images),
@@ -115,6 +115,11 @@ def decode_generate(
     refs = decode_adapters(checks, request, limits, job.steps)
     checks.done()
     return GenerationDraft(request_id, _body_hash(request), job, refs)
+
+
+def _negative(checks: Checks, request: pb.GenerateRequest, limits: Limits) -> str | None:
+    text = checks.text("negative_prompt", request.negative_prompt, limits.max_prompt_characters)
+    return text if request.HasField("negative_prompt") else None
 
 
 def _reproducibility(checks: Checks, request: pb.GenerateRequest) -> tuple[Mode, int]:

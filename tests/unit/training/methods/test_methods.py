@@ -148,7 +148,7 @@ def test_what_is_published_is_what_was_learned(studio: Studio, method: str) -> N
     ):
         with torch.no_grad(), studio.bank.use(rows, words):
             text = (
-                studio.base.encode_negative("")
+                studio.base.encode_negative(None)
                 if caption is None
                 else studio.base.encode_prompt(caption, words=words.ids)
             )
