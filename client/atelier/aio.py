@@ -93,7 +93,7 @@ class AsyncClient(AsyncAdapterCalls, AsyncCraftCalls):
         timeout: float | None = None,  # noqa: ASYNC109 -- goes to the server as the deadline
         **fields: Unpack[GenerateFields],
     ) -> GenerationResult:
-        """Paints and waits for all pictures. `adapters` are NAME[@STEP|@TAG][:WEIGHT], see `selection`."""
+        """Paints and waits for all pictures. `adapters` are references with weights, see `selection`."""
         stream = self.generate_stream(
             prompt, adapters=adapters, request_id=request_id, timeout=timeout, **fields
         )

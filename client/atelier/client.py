@@ -93,7 +93,7 @@ class Client(AdapterCalls, CraftCalls):
         timeout: float | None = None,
         **fields: Unpack[GenerateFields],
     ) -> GenerationResult:
-        """Paints and waits for all pictures. `adapters` are NAME[@STEP|@TAG][:WEIGHT], see `selection`."""
+        """Paints and waits for all pictures. `adapters` are references with weights, see `selection`."""
         events = list(
             self.generate_stream(prompt, adapters=adapters, request_id=request_id, timeout=timeout, **fields)
         )

@@ -34,7 +34,7 @@ class CraftCalls:
         new_version: bool = False,
         trigger: str = "",
     ) -> MergedAdapter:
-        """Publishes the weighted sum of NAME[@STEP|@TAG][:WEIGHT]: exactly, or the nearest of `rank`."""
+        """Publishes the sum of NAME[@STEP|@TAG|@vN@STEP][:WEIGHT]: exactly, or the nearest of `rank`."""
         request = pb.MergeAdaptersRequest(
             adapters=adapters, name=name, rank=rank, new_version=new_version, trigger=trigger
         )
@@ -92,7 +92,7 @@ class AsyncCraftCalls:
         new_version: bool = False,
         trigger: str = "",
     ) -> MergedAdapter:
-        """Publishes the weighted sum of NAME[@STEP|@TAG][:WEIGHT]: exactly, or the nearest of `rank`."""
+        """Publishes the sum of NAME[@STEP|@TAG|@vN@STEP][:WEIGHT]: exactly, or the nearest of `rank`."""
         request = pb.MergeAdaptersRequest(
             adapters=adapters, name=name, rank=rank, new_version=new_version, trigger=trigger
         )

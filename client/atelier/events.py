@@ -227,7 +227,7 @@ class TrainingProgress(TrainingEvent):
 
 @dataclass(frozen=True, slots=True)
 class CheckpointPublished(TrainingEvent):
-    """`adapter`, e.g. otto@750, can be used from now on. `loss` is the mean since the checkpoint before.
+    """`adapter`, e.g. otto@v1@750, can be used from now on. `loss` is the mean since the checkpoint before.
 
     `validation_loss` is that on pictures which are not learned; `kept_share` is what the adapter keeps of a
     DreamBooth's change. None where there is none.

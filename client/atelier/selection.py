@@ -1,7 +1,7 @@
 """Adapters as a caller names them, with weights that may change over the steps.
 
-NAME[@STEP|@TAG], then nothing, :WEIGHT, :FROM..TO (evenly over the steps of a picture), or :W0,W1,... (one a
-step; the last one holds).
+NAME[@STEP|@TAG|@vN@STEP], then nothing, :WEIGHT, :FROM..TO (evenly over the steps of a picture), or
+:W0,W1,... (one a step; the last one holds).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _STEPS, _STRENGTH = 50, 0.8
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """An adapter: NAME[@STEP|@TAG][:WEIGHT], or without :WEIGHT and with `weights`, one a step.
+    """An adapter: NAME[@STEP|@TAG|@vN@STEP][:WEIGHT], or without :WEIGHT and with `weights`, one a step.
 
     `sha256` pins the checkpoint, whatever version and step it is of.
     """

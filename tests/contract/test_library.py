@@ -45,7 +45,7 @@ async def test_tags(service: Service) -> None:
     request.expected = "v1@10"
     assert (await service.adapters.TagAdapter(request)).previous == "v1@10"
     loaded = await service.adapters.LoadAdapter(pb.LoadAdapterRequest(adapter="otto@production"))
-    assert loaded.adapter == "otto@20"
+    assert loaded.adapter == "otto@v1@20"
     untag = pb.UntagAdapterRequest(adapter="otto", tag="production", expected="")
     assert (await refused(service.adapters.UntagAdapter(untag))).code == "ABORTED"
     untag.ClearField("expected")
@@ -53,6 +53,24 @@ async def test_tags(service: Service) -> None:
     assert (await refused(service.adapters.UntagAdapter(untag))).code == "NOT_FOUND"
     refusal = await refused(service.adapters.LoadAdapter(pb.LoadAdapterRequest(adapter="otto@production")))
     assert (refusal.code, refusal.resource) == ("NOT_FOUND", ("adapter", "otto@production"))
+
+
+async def test_what_is_told_of_a_checkpoint_is_a_reference_to_it(service: Service) -> None:
+    """Also of an older version: NAME@STEP means the newest."""
+    await service.train(max_train_steps=10)
+    await service.train(max_train_steps=10, new_version=True)
+
+    async def loaded(reference: str) -> str:
+        return (await service.adapters.LoadAdapter(pb.LoadAdapterRequest(adapter=reference))).adapter
+
+    assert [await loaded(reference) for reference in ("otto", "otto@10", "otto@v1")] == [
+        "otto@v2@10",
+        "otto@v2@10",
+        "otto@v1@10",
+    ]
+    assert await loaded("otto@v1@10") == "otto@v1@10"
+    refusal = await refused(service.adapters.LoadAdapter(pb.LoadAdapterRequest(adapter="otto@v1@20")))
+    assert (refusal.code, refusal.resource) == ("NOT_FOUND", ("adapter", "otto@v1@20"))
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ async def test_the_same_content_heals_a_damaged_adapter_under_its_name(service: 
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         [_ async for _ in exported]
     assert caught.value.code().name == "DATA_LOSS"
-    assert "guest@0" in (caught.value.details() or "")
+    assert "guest@v1@0" in (caught.value.details() or "")
     listed = await service.adapters.ListAdapters(pb.ListAdaptersRequest())
     assert [(a.name, a.damaged) for a in listed.adapters] == [("guest", True)]
     refusal = await refused(service.generate("a", adapters=[{"adapter": "guest"}]))

@@ -89,12 +89,12 @@ async def test_adapters_are_loaded_and_unloaded(service: Service) -> None:
         await service.adapters.LoadAdapter(ask("otto@5")),
         await service.adapters.LoadAdapter(ask("otto@5")),
     )
-    assert (first.adapter, first.loaded, second.loaded) == ("otto@5", True, False)
+    assert (first.adapter, first.loaded, second.loaded) == ("otto@v1@5", True, False)
     answer = await service.adapters.GetAdapter(adapter_pb2.GetAdapterRequest(adapter="otto@v1"))
     assert [(c.step, c.resident) for c in answer.adapter.checkpoints] == [(5, True), (10, False)]
     assert list(answer.adapter.tags) == ["v1"]
     info = await service.server.GetServerInfo(server_pb2.GetServerInfoRequest())
-    assert list(info.slots.adapters) == ["otto@5"]
+    assert list(info.slots.adapters) == ["otto@v1@5"]
     unload = adapter_pb2.UnloadAdapterRequest(adapter="otto")
     assert (await service.adapters.UnloadAdapter(unload)).unloaded == 1
     assert (await service.adapters.UnloadAdapter(unload)).unloaded == 0

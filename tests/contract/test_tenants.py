@@ -132,7 +132,7 @@ async def test_one_reads_ones_own_names_without_a_scope(client: Any, service: Se
     assert events[0].adapter == "otto"
     completed = events[-1]
     assert isinstance(completed, TrainingCompleted)
-    assert completed.adapter == "otto@10"
+    assert completed.adapter == "otto@v1@10"
     told = await red.get_training(training)
     assert (told.id, told.adapter, told.recipe["name"]) == (training, "otto", "otto")
     adapter = await red.get_adapter("otto")
@@ -140,7 +140,7 @@ async def test_one_reads_ones_own_names_without_a_scope(client: Any, service: Se
     # What the user wrote is theirs to the letter.
     assert adapter.trigger == told.recipe["instance_prompt"] == "red/otto is what I say"
     assert told.recipe["validation_prompts"] == ("red/otto",)
-    assert (await red.load_adapter("otto")).adapter == "otto@10"
+    assert (await red.load_adapter("otto")).adapter == "otto@v1@10"
     result = await red.generate("x", adapters="otto")
     assert result.receipt.adapters[0].name == "otto"
     with pytest.raises(AlreadyExistsError) as caught:
@@ -160,7 +160,7 @@ async def test_slots_are_told_to_their_owner(client: Any) -> None:
     await trained(client("red"))
     await client("red").load_adapter("otto")
     red, blue = await client("red").server_info(), await client("blue").server_info()
-    assert (red.slots.adapters, blue.slots.adapters) == (("otto@10",), ())
+    assert (red.slots.adapters, blue.slots.adapters) == (("otto@v1@10",), ())
     assert red.slots.used == blue.slots.used == 1
 
 

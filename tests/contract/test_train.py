@@ -61,7 +61,7 @@ async def test_a_training_tells_its_life_in_order(service: Service) -> None:
     assert (completed.state, completed.step, completed.adapter) == (
         training_pb2.TRAINING_STATE_SUCCEEDED,
         20,
-        "otto@20",
+        "otto@v1@20",
     )
     assert events[0].accepted.estimated_bytes > 0
     assert events[0].accepted.estimated_seconds == pytest.approx(20 * 4 * 3 * 0.01)
@@ -92,7 +92,7 @@ async def test_a_watcher_misses_nothing_that_comes(service: Service) -> None:
     events = await watcher
     assert seqs(events) == list(range(1, len(events) + 1))
     assert events[-1].completed.state == training_pb2.TRAINING_STATE_CANCELLED
-    assert events[-1].completed.adapter == "otto@5"
+    assert events[-1].completed.adapter == "otto@v1@5"
 
 
 async def test_a_repeat_gets_the_same_training(service: Service) -> None:
@@ -128,7 +128,7 @@ async def test_a_training_that_failed_without_a_checkpoint_leaves_its_name_free(
     refusal = await refused(service.train(**nan))
     assert refusal.reason == "NONFINITE_LOSS"
     events = await service.train(**STEPS)
-    assert events[-1].completed.adapter == "otto@20"
+    assert events[-1].completed.adapter == "otto@v2@20"
 
 
 async def test_such_a_name_is_free_for_an_import_too(service: Service) -> None:

@@ -86,7 +86,7 @@ async def test_a_training_stays_paused_whoever_dies(tmp_path: Path) -> None:
     async with running(tmp_path) as service:
         assert (await state(service, training)).state == PAUSED
         await cancel(service, training)
-        assert (await service.watch(training))[-1].completed.adapter == "otto@5"
+        assert (await service.watch(training))[-1].completed.adapter == "otto@v1@5"
 
 
 async def test_trainings_wait_for_their_turn_the_highest_priority_first(start: Start) -> None:

@@ -105,7 +105,7 @@ def test_merge_extract_and_diff(server: Server, tmp_path: Path) -> None:
         assert {module.rank_b for module in apart.differing} == {8}
         assert abs(apart.whole.cosine or 1) < 0.2
         text = CliRunner().invoke(cli, ["adapters", "diff", "ada", "bea", "--server", server.address])
-        assert "only in bea@0" in text.stdout
+        assert "only in bea@v1@0" in text.stdout
         assert "unet.mid_block" in text.stdout
 
 

@@ -113,7 +113,7 @@ def test_log_and_spans_of_a_picture_and_a_training(observed: tuple[Collector, Se
     assert set(ended["paint-2"]["fields"].split(",")) == {"scheduler", "num_images"}
     published = [line for line in said if line["message"] == "checkpoint published"]
     assert {(line["process"], line["request_id"]) for line in published} == {("worker", "train-1")}
-    assert [line["adapter"] for line in published] == ["otto@1", "otto@2"]
+    assert [line["adapter"] for line in published] == ["otto@v1@1", "otto@v1@2"]
     assert len({line["training"] for line in published}) == 1
 
     spans = taking.taken()

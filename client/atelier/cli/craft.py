@@ -19,7 +19,9 @@ _SHOWN = 10
 
 
 def merge(
-    adapters: Annotated[list[str], typer.Argument(metavar="REF...", help="NAME[@STEP|@TAG][:WEIGHT]")],
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="REF...", help="NAME[@STEP|@TAG|@vN@STEP][:WEIGHT]")
+    ],
     *,
     name: Name,
     rank: Annotated[

@@ -23,7 +23,9 @@ def table(adapters: Sequence[Adapter]) -> Table:
     columns = ("name", "version", "recommended", "trigger", "tags", "size")
     made = Table(*columns, "tier", "last used", "created", box=None)
     for adapter in adapters:
-        recommended = f"{adapter.name}@{adapter.recommended_step}" if adapter.checkpoints else "-"
+        recommended = (
+            f"{adapter.name}@v{adapter.version}@{adapter.recommended_step}" if adapter.checkpoints else "-"
+        )
         tags = ", ".join(tag for tag in adapter.tags if tag != f"v{adapter.version}")
         made.add_row(
             adapter.name,
@@ -71,7 +73,7 @@ def show(adapter: Adapter) -> None:
     for checkpoint in adapter.checkpoints:
         mark = "  (recommended)" if checkpoint.step == adapter.recommended_step else ""
         made.add_row(
-            f"{adapter.name}@{checkpoint.step}{mark}",
+            f"{adapter.name}@v{adapter.version}@{checkpoint.step}{mark}",
             ", ".join(checkpoint.tags),
             "-" if checkpoint.loss is None else f"{checkpoint.loss:.4f}",
             output.size(checkpoint.size_bytes),

@@ -630,7 +630,7 @@ class GetAdapterRequest(_message.Message):
 
     ADAPTER_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
-    """NAME[@STEP|@TAG]"""
+    """NAME[@STEP|@TAG|@vN@STEP]"""
     def __init__(
         self,
         *,
@@ -671,7 +671,7 @@ class LoadAdapterRequest(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     PIN_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
-    """NAME[@STEP|@TAG]"""
+    """NAME[@STEP|@TAG|@vN@STEP]"""
     pin: _builtins.bool
     """Never evict it: it keeps its slot until UnloadAdapter or DeleteAdapter, over restarts of the worker, but
     not of the server. false leaves a pin as it is.
@@ -697,7 +697,7 @@ class LoadAdapterResponse(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     LOADED_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
-    """The checkpoint in full, e.g. otto@750."""
+    """The checkpoint in full, e.g. otto@v1@750."""
     loaded: _builtins.bool
     """False if it was resident already."""
     def __init__(
@@ -720,7 +720,7 @@ class UnloadAdapterRequest(_message.Message):
 
     ADAPTER_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
-    """NAME[@STEP|@TAG]; a bare NAME unloads every checkpoint of it."""
+    """NAME[@STEP|@TAG|@vN@STEP]; a bare NAME unloads every checkpoint of it."""
     def __init__(
         self,
         *,
@@ -943,7 +943,7 @@ class ExportAdapterRequest(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
-    """NAME[@STEP|@TAG]"""
+    """NAME[@STEP|@TAG|@vN@STEP]"""
     format: Global___AdapterFormat.ValueType
     def __init__(
         self,
@@ -971,7 +971,7 @@ class ExportAdapterResponse(_message.Message):
         SIZE_BYTES_FIELD_NUMBER: _builtins.int
         SHA256_FIELD_NUMBER: _builtins.int
         adapter: _builtins.str
-        """The checkpoint in full, e.g. otto@750."""
+        """The checkpoint in full, e.g. otto@v1@750."""
         size_bytes: _builtins.int
         sha256: _builtins.str
         def __init__(
@@ -1101,7 +1101,7 @@ class TagAdapterRequest(_message.Message):
     TAG_FIELD_NUMBER: _builtins.int
     EXPECTED_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
-    """NAME[@STEP|@TAG]: the checkpoint."""
+    """NAME[@STEP|@TAG|@vN@STEP]: the checkpoint."""
     tag: _builtins.str
     """[a-z]([a-z0-9-]{0,30}[a-z0-9])?, but not v1, v2, ..."""
     expected: _builtins.str
@@ -1203,7 +1203,7 @@ class AnnotateAdapterRequest(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     NOTE_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
-    """NAME[@STEP|@TAG]; the note is on its version."""
+    """NAME[@STEP|@TAG|@vN@STEP]; the note is on its version."""
     note: _builtins.str
     """At most 10,000 characters."""
     def __init__(
@@ -1259,7 +1259,7 @@ class MergeAdaptersRequest(_message.Message):
     """Words that call the subject up; those of the adapters by default."""
     @_builtins.property
     def adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """NAME[@STEP|@TAG][:WEIGHT], at least one. The same checkpoint twice adds up. Learned tokens have no weight."""
+        """NAME[@STEP|@TAG|@vN@STEP][:WEIGHT], at least one. The same checkpoint twice adds up. Learned tokens have no weight."""
 
     def __init__(
         self,
@@ -1423,9 +1423,9 @@ class DiffAdaptersRequest(_message.Message):
     A_FIELD_NUMBER: _builtins.int
     B_FIELD_NUMBER: _builtins.int
     a: _builtins.str
-    """NAME[@STEP|@TAG]"""
+    """NAME[@STEP|@TAG|@vN@STEP]"""
     b: _builtins.str
-    """NAME[@STEP|@TAG]"""
+    """NAME[@STEP|@TAG|@vN@STEP]"""
     def __init__(
         self,
         *,
@@ -1527,7 +1527,7 @@ class DiffAdaptersResponse(_message.Message):
     BLOCKS_FIELD_NUMBER: _builtins.int
     WHOLE_FIELD_NUMBER: _builtins.int
     a: _builtins.str
-    """The checkpoints in full, e.g. otto@750."""
+    """The checkpoints in full, e.g. otto@v1@750."""
     b: _builtins.str
     common: _builtins.int
     """How many modules both change."""

@@ -101,7 +101,7 @@ class AdapterSelection(_message.Message):
     WEIGHTS_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
-    """NAME[@STEP|@TAG][:WEIGHT], e.g. otto, otto@750, otto@v2:0.8. The weight is 1 unless given and may
+    """NAME[@STEP|@TAG|@vN@STEP][:WEIGHT], e.g. otto, otto@750, otto@v2:0.8. The weight is 1 unless given and may
     be negative.
     """
     sha256: _builtins.str

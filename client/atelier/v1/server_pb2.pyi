@@ -396,7 +396,7 @@ class AdapterSlots(_message.Message):
     used: _builtins.int
     @_builtins.property
     def adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """In full, e.g. otto@750."""
+        """In full, e.g. otto@v1@750."""
 
     def __init__(
         self,

@@ -755,7 +755,7 @@ class TrainingEvent(_message.Message):
         KEPT_SHARE_FIELD_NUMBER: _builtins.int
         step: _builtins.int
         adapter: _builtins.str
-        """Usable from now on, e.g. otto@750."""
+        """Usable from now on, e.g. otto@v1@750."""
         sha256: _builtins.str
         size_bytes: _builtins.int
         loss: _builtins.float
@@ -875,7 +875,7 @@ class TrainingEvent(_message.Message):
         state: Global___TrainingState.ValueType
         step: _builtins.int
         adapter: _builtins.str
-        """The recommended checkpoint, e.g. otto@750; empty if none was published."""
+        """The recommended checkpoint, e.g. otto@v1@750; empty if none was published."""
         seconds: _builtins.float
         reason: _builtins.str
         """Set where the training failed."""

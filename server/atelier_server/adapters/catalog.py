@@ -25,7 +25,7 @@ from atelier_server.adapters.records import AdapterVersion, CheckpointRecord, Ve
 from atelier_server.core import SCOPED_NAME, CheckpointId
 
 ADAPTER_FILE = "adapter.safetensors"
-VERSION_TAG = re.compile(r"v([1-9][0-9]{0,8})")
+VERSION_TAG = re.compile(r"v([1-9][0-9]{0,8})(?:@([0-9]+))?")
 _KEY = re.compile(r"names/(?:@([^/]+)/)?([^/]+)/(?:v([1-9][0-9]*)|tags)/(.+)")
 _CHECKPOINT = re.compile(r"([0-9]{6,})\.json")
 _NUMBERED = re.compile(r"([a-z][a-z0-9-]*)/([0-9]{6,})\.([a-z]+)")

@@ -1,4 +1,4 @@
-"""Adapter references as users write them: NAME[@STEP|@TAG][:WEIGHT]. Torch-free."""
+"""Adapter references as users write them: NAME[@STEP|@TAG|@vN@STEP][:WEIGHT]. Torch-free."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from atelier_server.core import ADAPTER_NAME, AdapterRef
 
 _STEP = re.compile(r"0|[1-9][0-9]{0,8}")
 _TAG = re.compile(r"[a-z][a-z0-9-]{0,31}")
+_FULL = re.compile(rf"v[1-9][0-9]{{0,8}}@({_STEP.pattern})")
 _WEIGHT = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _SHOWN = 80
 
@@ -16,18 +17,21 @@ _SHOWN = 80
 def parse_reference(text: str) -> AdapterRef:
     """The parts of `text`. Raises ValueError that says which part is wrong.
 
-    A step is a decimal number without leading zeros, a tag a lower-case word such as `v2`, a weight a
-    finite decimal number of any sign. Whether they exist is the store's business.
+    A step is a decimal number without leading zeros, a tag a lower-case word such as `v2`; a step of
+    another version than the newest is `v2@750`. A weight is a finite decimal number of any sign. Whether they
+    exist is the store's business.
     """
     named, colon, weight = text.partition(":")
     name, at, selector = named.partition("@")
     if not ADAPTER_NAME.fullmatch(name):
         raise ValueError(
             f"adapter name {_shown(name)} does not match {ADAPTER_NAME.pattern}; "
-            "a reference is NAME[@STEP|@TAG][:WEIGHT]"
+            "a reference is NAME[@STEP|@TAG|@vN@STEP][:WEIGHT]"
         )
-    if at and not (_STEP.fullmatch(selector) or _TAG.fullmatch(selector)):
-        raise ValueError(f"{_shown(selector)} after @ is neither a step such as 750 nor a tag such as v2")
+    if at and not any(kind.fullmatch(selector) for kind in (_STEP, _TAG, _FULL)):
+        raise ValueError(
+            f"{_shown(selector)} after @ is neither a step such as 750 nor a tag such as v2, nor v2@750"
+        )
     return AdapterRef(name, selector, _weight(weight) if colon else 1.0)
 
 

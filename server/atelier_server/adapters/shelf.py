@@ -39,7 +39,8 @@ class Shelf:
         """The checkpoint that `ref` means now. Raises AdapterNotFound.
 
         No selector: the recommended one of the newest version that has a checkpoint; a step: that of the
-        same version; `vN`: the recommended one of version N; a tag: what it was put on.
+        same version; `vN`: the recommended one of version N; `vN@STEP`: that of a step of it; a tag: what
+        it was put on.
         """
         self._check(ref.name)
         entries = self._entries(ref.name)
@@ -48,7 +49,7 @@ class Shelf:
             version, step = target.get("version"), str(target.get("step"))
         else:
             tagged = VERSION_TAG.fullmatch(ref.selector)
-            version, step = (int(tagged[1]), "") if tagged else (None, ref.selector)
+            version, step = (int(tagged[1]), tagged[2] or "") if tagged else (None, ref.selector)
         versions = self._catalog.versions(ref.name, entries)
         record = self._choose(versions, version, step)
         if record is None:

@@ -42,7 +42,7 @@ SCHEDULERS = (
 # ---------------------------------------------------------------------------------------------- adapters
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """What a user writes: NAME[@STEP|@TAG][:WEIGHT].
+    """What a user writes: NAME[@STEP|@TAG|@vN@STEP][:WEIGHT].
 
     `weights` are one a step, `weight` the first of them then. `sha256` pins the checkpoint in any version.
     """
@@ -68,7 +68,8 @@ class CheckpointId:
     step: int
 
     def __str__(self) -> str:
-        return f"{self.name}@{self.step}"
+        """In full: NAME@vN@STEP is a reference, and means this one whatever is published later."""
+        return f"{self.name}@v{self.version}@{self.step}"
 
 
 @dataclass(frozen=True, slots=True)

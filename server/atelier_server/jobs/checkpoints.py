@@ -44,7 +44,7 @@ class Checkpoints:
         step = event.checkpoint.step
         told = Checkpointed(
             step,
-            f"{run.adapter}@{step}",
+            str(event.checkpoint),
             event.sha256,
             event.size_bytes,
             event.loss,
@@ -59,8 +59,8 @@ class Checkpoints:
         run.checkpoints = {e.payload.step for e in logged if isinstance(e.payload, Checkpointed)}
         for kept in await asyncio.to_thread(_checkpoints_of, self._store, run.adapter, run.version):
             loss = math.nan if kept.loss is None else kept.loss
-            adapter, facts = f"{run.adapter}@{kept.id.step}", (kept.validation_loss, kept.kept_share)
-            told = Checkpointed(kept.id.step, adapter, kept.sha256, kept.size_bytes, loss, *facts)
+            facts = (kept.validation_loss, kept.kept_share)
+            told = Checkpointed(kept.id.step, str(kept.id), kept.sha256, kept.size_bytes, loss, *facts)
             await self._written(run, told)
 
     async def _written(self, run: Run, told: Checkpointed) -> None:

@@ -24,16 +24,16 @@ class LastUsed:
 
     def touch(self, checkpoints: Iterable[CheckpointId]) -> None:
         now = time.time()
-        self._times |= {_key(checkpoint): now for checkpoint in checkpoints}
+        self._times |= {str(checkpoint): now for checkpoint in checkpoints}
         if time.monotonic() - self._written > _WRITE_SECONDS:
             self.write()
 
     def of(self, checkpoint: CheckpointId) -> float | None:
-        return self._times.get(_key(checkpoint))
+        return self._times.get(str(checkpoint))
 
     def keep(self, checkpoints: Iterable[CheckpointId]) -> None:
         """Forgets every other."""
-        keys = {_key(checkpoint) for checkpoint in checkpoints}
+        keys = {str(checkpoint) for checkpoint in checkpoints}
         self._times = {key: when for key, when in self._times.items() if key in keys}
         self.write()
 
@@ -45,10 +45,6 @@ class LastUsed:
             temporary.replace(self._path)
         except OSError as error:  # a full disk is told by those who need it more
             _log.warning("%s cannot be written: %s", self._path, error)
-
-
-def _key(checkpoint: CheckpointId) -> str:
-    return f"{checkpoint.name}@v{checkpoint.version}@{checkpoint.step}"
 
 
 def _read(path: Path) -> dict[str, float]:

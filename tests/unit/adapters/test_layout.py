@@ -105,8 +105,8 @@ def test_what_was_rotten_before_is_said_to_be(root: Path) -> None:
     (root / "otto/v1/000100/manifest.json").write_text("{")
     store = AdapterStore(root)
     store.open()
-    with pytest.raises(DataLoss, match="otto@50"):
+    with pytest.raises(DataLoss, match="otto@v2@50"):
         store.fetch(store.resolve(AdapterRef("otto")))
-    with pytest.raises(DataLoss, match="otto@100"):
+    with pytest.raises(DataLoss, match="otto@v1@100"):
         store.file(CheckpointId("otto", 1, 100))
     assert store.fetch(store.resolve(AdapterRef("otto", "v1"))).read_bytes() == b"otto 1 1000000"

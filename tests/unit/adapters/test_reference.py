@@ -21,7 +21,10 @@ names = st.builds(
     ),
 )
 selectors = st.one_of(
-    st.just(""), st.integers(0, 999_999_999).map(str), st.integers(1, 999).map(lambda n: f"v{n}")
+    st.just(""),
+    st.integers(0, 999_999_999).map(str),
+    st.integers(1, 999).map(lambda n: f"v{n}"),
+    st.builds("v{}@{}".format, st.integers(1, 999), st.integers(0, 999_999_999)),
 )
 weights = st.integers(-99_999, 99_999).map(lambda n: n / 1000)
 
@@ -53,6 +56,7 @@ def test_any_text_is_a_safe_reference_or_a_value_error(text: str) -> None:
         ("otto@750", AdapterRef("otto", "750")),
         ("otto@0", AdapterRef("otto", "0")),
         ("otto@v2:0.8", AdapterRef("otto", "v2", 0.8)),
+        ("otto@v2@750:0.8", AdapterRef("otto", "v2@750", 0.8)),
         ("otto:-1", AdapterRef("otto", "", -1.0)),
         ("o-2:1e-3", AdapterRef("o-2", "", 0.001)),
         ("otto:.5", AdapterRef("otto", "", 0.5)),
@@ -67,6 +71,7 @@ def test_parts(text: str, expected: AdapterRef) -> None:
     [
         *("", "Otto", "../x", "otto-", "1otto", "o" * 64, "otto\n", "otto/x", "otto\0"),
         *("otto@", "otto@-1", "otto@007", "otto@v2/..", "otto@1234567890", "otto@\u0664"),
+        *("otto@v2@", "otto@v0@1", "otto@v2@07", "otto@best@7", "otto@7@v2", "otto@v2@7@7", "otto@v2@v3"),
         *("otto:", "otto:nan", "otto:inf", "otto:1e999", "otto:1_0", "otto: 1", "otto:1:2", "otto:\u0664"),
     ],
 )

@@ -222,11 +222,11 @@ def test_a_damaged_file_is_quarantined_and_healed(place: Place, store: AdapterSt
     other = place.open("two")
     rot(store, b"Weights", record.sha256) if harm == "rot" else lose(store, record.sha256)
     use = other.resolve(AdapterRef("otto"))  # nobody has looked at the file yet
-    with pytest.raises(DataLoss, match="otto@0"):
+    with pytest.raises(DataLoss, match="otto@v1@0"):
         other.fetch(use)
     for handle in (store, other):
         assert [(v.meta.name, v.damaged) for v in handle.versions()] == [("anna", False), ("otto", True)]
-        with pytest.raises(DataLoss, match="otto@0"):
+        with pytest.raises(DataLoss, match="otto@v1@0"):
             handle.resolve(AdapterRef("otto"))
         assert handle.fetch(handle.resolve(AdapterRef("anna"))).read_bytes() == b"intact"
     assert len(keys(store, "quarantine")) == 1
@@ -259,7 +259,7 @@ def test_one_damaged_manifest_damages_only_itself(place: Place, store: AdapterSt
         assert (anna.meta.name, anna.meta.version, anna.checkpoints) == ("anna", 1, ())
         assert [(r.id.step, r.damaged) for r in otto.checkpoints] == [(100, False), (200, True)]
         assert handle.resolve(AdapterRef("otto", "100")).checkpoint.step == 100
-        with pytest.raises(DataLoss, match="otto@200"):
+        with pytest.raises(DataLoss, match="otto@v1@200"):
             handle.resolve(AdapterRef("otto"))
 
 

@@ -194,7 +194,7 @@ def test_adapters(run: Callable[..., Result], server: Any, tmp_path: Path) -> No
     listed = json.loads(run("adapters", "list", "--json").stdout)
     assert [adapter["name"] for adapter in listed["adapters"]] == ["bolt", "otto", "zoe"]
     assert listed["adapters"][0]["checkpoints"][0]["size_bytes"] == "1536"
-    assert "otto@6  (recommended)" in run("adapters", "show", "otto").stdout
+    assert "otto@v1@6  (recommended)" in run("adapters", "show", "otto").stdout
     assert json.loads(run("adapters", "show", "otto", "--json").stdout)["recommended_step"] == 6
     assert run("adapters", "load", "otto").stdout == "otto@6 loaded\n"
     assert json.loads(run("adapters", "load", "otto", "--json").stdout)["loaded"] is True

@@ -83,7 +83,7 @@ def test_a_comparison_comes_back_whole() -> None:
         ("x",), ("y", "z"), 5, (ModuleComparison("m", "lora", 4, 2.0, "full", 0, 0.0),), (block,), block
     )
     message = encode_diff(use("a"), use("b"), comparison)
-    assert (message.a, message.b, message.common) == ("a@100", "b@100", 5)
+    assert (message.a, message.b, message.common) == ("a@v1@100", "b@v1@100", 5)
     assert (list(message.only_a), list(message.only_b)) == (["x"], ["y", "z"])
     assert (message.differing[0].rank_a, message.differing[0].kind_b) == (4, "full")
     assert (message.whole.norm_b, message.whole.HasField("cosine")) == (2.0, False)
