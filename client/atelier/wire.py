@@ -151,8 +151,7 @@ def _list(field: Field, value: Any) -> Any:
 
 
 def _write_recipe(message: Message, values: dict[str, Any]) -> None:
-    """In place; an empty one is there as well."""
-    message.SetInParent()
+    """In place; an empty one is none: an adapter that was not taught here has no recipe."""
     for name, value in values.items():
         _write(message, message.DESCRIPTOR.fields_by_name[name], value)
 

@@ -13,7 +13,7 @@ from atelier.fields import AdapterFormat, ListFields
 
 adapters = app.group("What the server has learned: list, inspect, move.")
 
-Reference = Annotated[str, typer.Argument(metavar="REF", help="NAME, NAME@STEP or NAME@TAG")]
+Reference = Annotated[str, typer.Argument(metavar="REF", help="NAME, NAME@STEP, NAME@TAG or NAME@vN@STEP")]
 
 
 @adapters.command("list")

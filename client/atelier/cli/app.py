@@ -15,9 +15,11 @@ from atelier.errors import AtelierError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+_INTERRUPTED = 130  # as shells have it: 128 + SIGINT
+
 
 class Commands(TyperGroup):
-    """Exit 0 done, 1 refused or failed, 2 usage; no traceback for what a server or a file system says."""
+    """Exit 0 done, 1 refused or failed, 2 usage, 130 Ctrl-C; no traceback for what servers or files do."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -26,6 +28,9 @@ class Commands(TyperGroup):
             output.print_error(error)
         except BrokenPipeError:
             pass  # the reader of our output has gone, e.g. `| head`
+        except KeyboardInterrupt:
+            output.say("stopped")
+            raise typer.Exit(_INTERRUPTED) from None
         except (OSError, ValueError) as error:
             output.say(f"error: {error}")
         raise typer.Exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from atelier.channel import DEFAULT_ADDRESS
 from atelier.client import Client
 
 _PANEL = "Connection"
@@ -55,6 +57,17 @@ def with_connection(command: Callable[..., Any]) -> Callable[..., Any]:
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def again(server: str) -> str:
+    """The flags by which the same server is reached again, a token left out: other users could read it."""
+    given = {"server": server if server != DEFAULT_ADDRESS else None, **_given.get({})}
+    words = []
+    for name, value in given.items():
+        if value is not None and name != "token":
+            flag = f"--{name.replace('_', '-')}"
+            words.append(flag if value is True else f"{flag} {shlex.quote(str(value))}")
+    return "".join(f" {word}" for word in words)
 
 
 def connect(server: str) -> Client:

@@ -66,8 +66,8 @@ def extract(
 
 
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="NAME, NAME@STEP or NAME@TAG")],
-    b: Annotated[str, typer.Argument(metavar="B", help="NAME, NAME@STEP or NAME@TAG")],
+    a: Annotated[str, typer.Argument(metavar="A", help="NAME, NAME@STEP, NAME@TAG or NAME@vN@STEP")],
+    b: Annotated[str, typer.Argument(metavar="B", help="NAME, NAME@STEP, NAME@TAG or NAME@vN@STEP")],
     *,
     server: flags.Server = flags.DEFAULT_SERVER,
     json: flags.Json = False,

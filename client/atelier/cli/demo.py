@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from atelier.cli import output
-from atelier.cli.local_server import LocalServer
+from atelier.cli.local_server import LocalServer, need_server
 from atelier.cli.report import Findings, render
 from atelier.cli.similarity import similarity
 from atelier.client import Client
@@ -56,6 +56,7 @@ def demo(
     max_train_steps: Annotated[int | None, typer.Option(min=3, help="rather than the recipe's")] = None,
 ) -> None:
     """Start a server, teach it a subject, paint it, and leave a contact sheet and a report."""
+    need_server()
     images = read_folder(examples)
     held_out = read_folder(examples.with_name(f"{examples.name}-held-out"))
     values = _recipe(recipe, max_train_steps)

@@ -19,6 +19,10 @@ Server = Annotated[
     typer.Option("--server", envvar="ATELIER_SERVER", metavar="HOST:PORT", help="the server to talk to"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable: one object, or one a line for streams")]
+RequestId = Annotated[
+    str | None,
+    typer.Option("--request-id", metavar="UUID", help="the same id again is the same request, not another"),
+]
 
 DEFAULT_SERVER = channel.DEFAULT_ADDRESS
 

@@ -26,7 +26,7 @@ def generate(
         list[str] | None,
         typer.Option(
             metavar="REF",
-            help="NAME, NAME@STEP or NAME@TAG, then :WEIGHT, or :FROM..TO over the steps; repeats",
+            help="NAME[@STEP|@TAG|@vN@STEP], then :WEIGHT, or :FROM..TO over the steps; repeats",
         ),
     ] = None,
     out: Annotated[
@@ -43,12 +43,15 @@ def generate(
             help="instead of a prompt: paint this picture again from the receipt in it, and compare",
         ),
     ] = None,
+    request_id: flags.RequestId = None,
     server: flags.Server = flags.DEFAULT_SERVER,
     json: flags.Json = False,
     fields: dict[str, Any],
 ) -> None:
     """Paint pictures, or one again. The file format follows the suffix of -o."""
     if replay is not None:
+        if request_id is not None:
+            raise typer.BadParameter("a replay is another request each time", param_hint="--request-id")
         replayed.run(server, replay, prompt=prompt, adapters=adapter, out=out, json=json, fields=fields)
         return
     if prompt is None:
@@ -59,7 +62,7 @@ def generate(
         client.server_info()  # a wrong address is told at once, not after the time for reconnecting
         for hint in hints.missing_triggers(client, prompt, adapters):
             output.say(hint)
-        stream = client.generate_stream(prompt, adapters=adapters, **fields)
+        stream = client.generate_stream(prompt, adapters=adapters, request_id=request_id, **fields)
         several = fields.get("num_images", 1) > 1
         images: list[Image] = []
         with output.Steps("generating", quiet=json) as steps:

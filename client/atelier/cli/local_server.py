@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import queue
 import re
 import subprocess
@@ -13,6 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+import typer
+
+from atelier.cli import output
 from atelier.client import Client
 from atelier.errors import AtelierError
 
@@ -21,6 +25,16 @@ STOP_SECONDS = 60.0
 LOG_LINES = 20
 POLL_SECONDS = 0.2
 LISTENING = re.compile(r"atelier listening on (\S+)")
+NEEDED = ("torch", "diffusers", "pydantic", "sqlalchemy", "grpc_health", "atelier_server")
+
+
+def need_server() -> None:
+    """Exit code 1 and what to install, where the client was installed alone."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        output.say(f"error: the server needs {', '.join(missing)}")
+        output.say("install it with: pip install 'atelier[server]'")
+        raise typer.Exit(1)
 
 
 class ServerFailedError(AtelierError):

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from atelier.cli import flags, output
-from atelier.cli.connection import connect
+from atelier.cli.connection import again, connect
 from atelier.events import (
     CheckpointPublished,
     Sample,
@@ -54,6 +54,7 @@ def train(
     cancel_on_disconnect: Annotated[
         bool, typer.Option("--cancel-on-disconnect", help="stop the training when this command stops")
     ] = False,
+    request_id: flags.RequestId = None,
     samples: SamplesFolder = None,
     server: flags.Server = flags.DEFAULT_SERVER,
     json: flags.Json = False,
@@ -63,8 +64,13 @@ def train(
     flags_given = {"name": name, "instance_prompt": instance_prompt, **fields}
     values = _loaded(recipe) | {key: value for key, value in flags_given.items() if value is not None}
     if print_recipe:
-        output.out(dump(values).removesuffix("\n"))
+        if json:
+            output.print_json(values)
+        else:
+            output.out(dump(values).removesuffix("\n"))
         return
+    if detach and cancel_on_disconnect:
+        raise typer.BadParameter("would cancel the training at once", param_hint="--cancel-on-disconnect")
     if folder is None:
         raise typer.BadParameter("which pictures are to be learned?", param_hint="DIR")
     for key in ("name", "instance_prompt"):
@@ -76,8 +82,13 @@ def train(
         images = [
             replace(image, caption="" if no_captions else image.caption) for image in read_folder(folder)
         ]
-        events = client.train(images=images, recipe=values, cancel_on_disconnect=cancel_on_disconnect)
-        follow(events, json=json, samples=samples, detach=detach)
+        events = client.train(
+            images=images,
+            recipe=values,
+            request_id=request_id,
+            cancel_on_disconnect=cancel_on_disconnect,
+        )
+        follow(events, server, json=json, samples=samples, detach=detach, cancels=cancel_on_disconnect)
 
 
 def _loaded(path: Path | None) -> dict[str, Any]:
@@ -92,13 +103,18 @@ def _loaded(path: Path | None) -> dict[str, Any]:
 
 def follow(
     events: Iterator[TrainingEvent],
+    server: str,
     *,
     json: bool,
     samples: Path | None,
     detach: bool = False,
+    cancels: bool = False,
     training: str = "",
 ) -> None:
-    """Prints events until the last, or until Ctrl-C or `detach` leaves the training to itself."""
+    """Prints events until the last, or until Ctrl-C or `detach` leaves the training to itself.
+
+    `cancels`: leaving it stops it.
+    """
     try:
         with output.Steps("training", quiet=json) as steps:
             for event in events:
@@ -116,7 +132,9 @@ def follow(
         if not training:
             output.say("stopped before the training was accepted")
             raise typer.Exit(1) from None
-    output.say(f"detached; the training goes on. To see it again: atelier trainings watch {training}")
+    watch = f"atelier trainings watch {training}{again(server)}"
+    told = "the training is cancelled; what it learned is kept" if cancels else "the training goes on"
+    output.say(f"{'stopped' if cancels else 'detached'}; {told}. To see it again: {watch}")
 
 
 def _save(event: TrainingEvent, samples: Path | None) -> dict[str, str]:

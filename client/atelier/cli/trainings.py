@@ -66,7 +66,7 @@ def watch(
     """Follow a training: the events that have been, then those to come. Ctrl-C leaves it running."""
     with connect(server) as client:
         events = client.watch_training(training, after_seq=after_seq)
-        follow(events, json=json, samples=samples, training=training)
+        follow(events, server, json=json, samples=samples, training=training)
 
 
 @trainings.command()

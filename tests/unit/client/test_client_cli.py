@@ -20,7 +20,7 @@ from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
-from atelier.cli import cli, hints, output
+from atelier.cli import cli, connection, hints, output
 from atelier.errors import AtelierError, InvalidArgumentError, Violation
 
 ATELIER = str(Path(sys.executable).with_name("atelier"))
@@ -178,8 +178,47 @@ def test_train_json_is_the_events(run: Callable[..., Result], folder: Path) -> N
 def test_train_detaches(run: Callable[..., Result], folder: Path) -> None:
     done = run("train", folder, "--name", "otto", "--instance-prompt", "x", "--detach")
     assert done.exit_code == 0
-    assert "atelier trainings watch otto-k3f9" in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "atelier trainings watch" in line]
+    assert line.startswith("detached; the training goes on.")
+    # As it can be typed: the server is not the default one.
+    again = line.partition("atelier ")[2].split()
+    assert again[:3] == ["trainings", "watch", "otto-k3f9"]
+    assert CliRunner().invoke(cli, again, env={"ATELIER_SERVER": None}).exit_code == 0
     assert "checkpoint" not in done.stdout
+
+
+def test_the_flags_of_a_connection_are_told_again_without_the_token(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def command(*, server: str) -> None:
+        told.append(connection.again(server))
+
+    given = dict.fromkeys(option.name for option in connection._OPTIONS)
+    run = connection.with_connection(command)
+    run(server=connection.DEFAULT_ADDRESS, **given)
+    run(
+        server="far:1",
+        **{**given, "token": "secret", "token_file": Path("my token"), "tls": True, "tls_ca": Path("ca.pem")},
+    )
+    assert told == ["", " --server far:1 --token-file 'my token' --tls --tls-ca ca.pem"]
+
+
+def test_leaving_may_cancel_but_not_at_once(run: Callable[..., Result], folder: Path) -> None:
+    done = run(
+        "train", folder, "--name", "otto", "--instance-prompt", "x", "--detach", "--cancel-on-disconnect"
+    )
+    assert done.exit_code == 2
+    assert "would cancel the training at once" in done.stderr
+
+
+def test_a_request_has_the_id_that_is_given(run: Callable[..., Result], server: Any, folder: Path) -> None:
+    mine = "0f8fad5b-d9cb-469f-a165-70867728950e"
+    assert run("generate", "x", "--request-id", mine).exit_code == 0
+    assert server.script.generates[-1].request_id == mine
+    assert (
+        run("train", folder, "--name", "otto", "--instance-prompt", "x", "--request-id", mine).exit_code == 0
+    )
+    assert server.script.uploads[-1][0].start.request_id == mine
 
 
 def test_an_empty_folder_is_refused(run: Callable[..., Result], server: Any, tmp_path: Path) -> None:
@@ -194,6 +233,7 @@ def test_adapters(run: Callable[..., Result], server: Any, tmp_path: Path) -> No
     listed = json.loads(run("adapters", "list", "--json").stdout)
     assert [adapter["name"] for adapter in listed["adapters"]] == ["bolt", "otto", "zoe"]
     assert listed["adapters"][0]["checkpoints"][0]["size_bytes"] == "1536"
+    assert "recipe" not in listed["adapters"][0]  # it was not taught here
     assert "otto@v1@6  (recommended)" in run("adapters", "show", "otto").stdout
     assert json.loads(run("adapters", "show", "otto", "--json").stdout)["recommended_step"] == 6
     assert run("adapters", "load", "otto").stdout == "otto@6 loaded\n"
@@ -327,7 +367,7 @@ def test_serve_becomes_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_serve_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["atelier.cli.serve"], "NEEDED", ("surely_not_installed",))
+    monkeypatch.setattr("atelier.cli.local_server.NEEDED", ("surely_not_installed",))
     done = CliRunner().invoke(cli, ["serve"])
     assert done.exit_code == 1
     assert "pip install 'atelier[server]'" in done.stderr
@@ -370,12 +410,14 @@ def test_exit_codes_of_the_process(server: Any, tmp_path: Path) -> None:
     assert code("generate") == 2
 
 
-def test_ctrl_c_detaches_and_says_how_to_come_back(server: Any, folder: Path) -> None:
+@pytest.mark.parametrize("cancels", [False, True])
+def test_ctrl_c_detaches_and_says_how_to_come_back(server: Any, folder: Path, cancels: bool) -> None:
     server.script.pause_after = 3
+    more = ["--cancel-on-disconnect"] if cancels else []
     # What runs in the background of a shell is born ignoring Ctrl-C, and so would its children be.
     environment = ("env", "--default-signal=INT")
     process = subprocess.Popen(
-        [*environment, ATELIER, "train", str(folder), "--name", "otto", "--instance-prompt", "x"],
+        [*environment, ATELIER, "train", str(folder), "--name", "otto", "--instance-prompt", "x", *more],
         env={**os.environ, "ATELIER_SERVER": server.address},
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -387,4 +429,30 @@ def test_ctrl_c_detaches_and_says_how_to_come_back(server: Any, folder: Path) ->
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 0, said
-    assert "atelier trainings watch otto-k3f9" in said
+    assert f"atelier trainings watch otto-k3f9 --server {server.address}\n" in said
+    assert ("stopped; the training is cancelled" in said, "detached; " in said) == (cancels, not cancels)
+
+
+def test_ctrl_c_in_generate_says_so(server: Any, tmp_path: Path) -> None:
+    server.script.pause_generate = True
+    process = subprocess.Popen(
+        ["env", "--default-signal=INT", ATELIER, "generate", "x"],
+        env={**os.environ, "ATELIER_SERVER": server.address},
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert server.script.paused.wait(60)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert said.endswith("stopped\n")
+    assert "Traceback" not in said
+
+
+def test_a_demo_needs_the_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("atelier.cli.local_server.NEEDED", ("atelier", "no_such_package"))
+    done = CliRunner().invoke(cli, ["demo", "--output", str(tmp_path / "demo")])
+    assert done.exit_code == 1
+    assert "the server needs no_such_package" in done.stderr
+    assert not (tmp_path / "demo").exists()

@@ -54,6 +54,8 @@ def test_flags_to_a_file_to_flags(tmp_path: Path, values: dict[str, Any]) -> Non
     assert recipe.load(file) == values
     again = CliRunner().invoke(cli, ["train", "--recipe", str(file), "--print-recipe"])
     assert again.stdout_bytes == printed.stdout_bytes
+    told = CliRunner().invoke(cli, ["train", *_flags(values), "--print-recipe", "--json"])
+    assert json.loads(told.stdout) == values
 
 
 def _flags(values: dict[str, Any]) -> list[str]:
