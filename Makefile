@@ -70,7 +70,7 @@ protos: .venv
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=client --mypy_out=client \
 	  --grpc_python_out=client --mypy_grpc_out=client protos/atelier/v1/*.proto
 
-bench: .venv
+bench: .venv tools
 	$(BIN)/python -m benchmarks all
 
 # Trains the embedded model, stage by stage, and stops at the first gate that is missed. FROM=FOLDER starts
