@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -15,23 +16,39 @@ import torch
 from diffusers import (
     ControlNetModel,
     MultiControlNetModel,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
     StableDiffusionControlNetPipeline,
+    StableDiffusionXLControlNetImg2ImgPipeline,
+    StableDiffusionXLControlNetInpaintPipeline,
     StableDiffusionXLControlNetPipeline,
 )
+from PIL import Image
 
-from atelier_server.core import SchedulerOptions
+from atelier_server.core import InitImage, SchedulerOptions
 from atelier_server.diffusion.base import BaseModel, load_base
 from atelier_server.diffusion.conditioning import Framing
 from atelier_server.diffusion.controlnet import Control, ControlNet, load_controlnets, mismatch
 from atelier_server.diffusion.denoiser import Denoiser, Picture
 from atelier_server.diffusion.families import UnsupportedModel
+from atelier_server.diffusion.init_image import InitImages
 from atelier_server.diffusion.trajectory import Trajectory
 from tests.bases import FAMILIES, PIXELS, edit, lose, peer, sampled, save_base, save_controlnet
 from tests.ldm import write_controlnet_file
+from tests.pictures import right_part, soft_colours
 
 PROMPT = "a red octopus on a beach"
 NAMES = ("canny", "depth")
 STEPS, SEED = 6, 7
+# By whether the family is SDXL, and by mode.
+PIPELINES: dict[tuple[bool, str], Any] = {
+    (False, "text"): StableDiffusionControlNetPipeline,
+    (False, "image"): StableDiffusionControlNetImg2ImgPipeline,
+    (False, "inpaint"): StableDiffusionControlNetInpaintPipeline,
+    (True, "text"): StableDiffusionXLControlNetPipeline,
+    (True, "image"): StableDiffusionXLControlNetImg2ImgPipeline,
+    (True, "inpaint"): StableDiffusionXLControlNetInpaintPipeline,
+}
 
 
 @dataclass(frozen=True)
@@ -79,6 +96,7 @@ def picture(
     scheduler: str = "euler",
     seed: int = SEED,
     steps: int = STEPS,
+    init: InitImage | None = None,
 ) -> Picture:
     base, framing = served.base, Framing.whole(PIXELS, PIXELS)
     return Picture(
@@ -91,6 +109,7 @@ def picture(
             shape=base.latent_shape(PIXELS, PIXELS),
             device=base.device,
             dtype=base.dtype,
+            init=InitImages(base).latents(init) if init else None,
         ),
         prompt=base.family.condition(base.encode_prompt(PROMPT), framing),
         negative=base.family.condition(base.encode_negative(None), framing) if scale > 1 else None,
@@ -107,12 +126,13 @@ def painted(served: Served, pictures: Sequence[Picture], bucket: int) -> list[to
     return [p.trajectory.latents for p in pictures]
 
 
-def theirs(family: str, served: Served, uses: Sequence[Use], scale: float) -> np.ndarray:
+def theirs(
+    family: str, served: Served, uses: Sequence[Use], scale: float, init: InitImage | None = None
+) -> np.ndarray:
     """diffusers' pipeline with the same ControlNets."""
     nets = [ControlNetModel.from_pretrained(served.folders[use.name]) for use in uses]
     several = len(nets) > 1
-    cls = StableDiffusionXLControlNetPipeline if family == "sdxl" else StableDiffusionControlNetPipeline
-    pipeline = cls.from_pipe(
+    pipeline = PIPELINES[family == "sdxl", _mode(init)].from_pipe(
         peer(family, served.folders["base"]), controlnet=MultiControlNetModel(nets) if several else nets[0]
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -121,9 +141,14 @@ def theirs(family: str, served: Served, uses: Sequence[Use], scale: float) -> np
     def each(values: list[Any]) -> Any:
         return values if several else values[0]
 
+    guides = each([use.pixels[None] for use in uses])
+    begun: dict[str, Any] = {"image": guides}
+    if init is not None:
+        begun = {"image": opened(init.image), "control_image": guides, "strength": init.strength}
+        begun |= {"mask_image": opened(init.mask)} if init.mask else {}
     return pipeline(
         PROMPT,
-        image=each([use.pixels[None] for use in uses]),
+        **begun,
         controlnet_conditioning_scale=each([use.scale for use in uses]),
         control_guidance_start=each([use.start for use in uses]),
         control_guidance_end=each([use.end for use in uses]),
@@ -132,6 +157,14 @@ def theirs(family: str, served: Served, uses: Sequence[Use], scale: float) -> np
         generator=torch.Generator("cpu").manual_seed(SEED),
         output_type="np",
     ).images[0]
+
+
+def _mode(init: InitImage | None) -> str:
+    return "text" if init is None else "inpaint" if init.mask else "image"
+
+
+def opened(file: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(file))
 
 
 def pixels(served: Served, latents: torch.Tensor) -> np.ndarray:
@@ -154,6 +187,20 @@ def test_equals_the_pipeline_of_diffusers(
     ours = pixels(mine, painted(mine, [picture(mine, *uses, scale=scale)], 2)[0])
     without = pixels(mine, painted(mine, [picture(mine, scale=scale)], 2)[0])
     assert np.abs(ours - theirs(family, mine, uses, scale)).max() <= 1 / 255
+    assert np.abs(ours - without).max() > 8 / 255
+
+
+@pytest.mark.parametrize("family", sampled("sd1", "sdxl"))
+@pytest.mark.parametrize("mask", [b"", right_part()], ids=["image", "inpaint"])
+def test_from_a_picture_it_equals_the_pipeline_of_diffusers(
+    family: str, mask: bytes, served: dict[str, Served]
+) -> None:
+    """The window is of the steps that are taken."""
+    mine, init = served[family], InitImage(soft_colours(), "", 0.7, mask)
+    uses = [Use("canny", 1, scale=1.5, start=0.2), Use("depth", 2, scale=0.7, end=0.6)]
+    ours = pixels(mine, painted(mine, [picture(mine, *uses, init=init)], 2)[0])
+    without = pixels(mine, painted(mine, [picture(mine, init=init)], 2)[0])
+    assert np.abs(ours - theirs(family, mine, uses, 6.0, init)).max() <= 1 / 255
     assert np.abs(ours - without).max() > 8 / 255
 
 
