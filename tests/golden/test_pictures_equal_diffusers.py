@@ -21,7 +21,7 @@ from atelier_server.diffusion.base import BaseModel, load_base
 from atelier_server.diffusion.conditioning import Framing
 from atelier_server.diffusion.denoiser import Denoiser, Picture
 from atelier_server.diffusion.init_image import InitImages
-from atelier_server.diffusion.schedulers import _REGISTRY
+from atelier_server.diffusion.schedulers import _REGISTRY, all_options
 from atelier_server.diffusion.trajectory import Trajectory
 from tests.bases import FAMILIES, PIXELS, peer, save_base
 from tests.pictures import right_part, soft_colours
@@ -34,6 +34,15 @@ MODES = {
     "inpaint": AutoPipelineForInpainting,
 }
 ALL = list(product(FAMILIES, SCHEDULERS, MODES, (6.0, 1.0)))
+PLAIN = SchedulerOptions()
+OPTIONS = {
+    "use_karras_sigmas": SchedulerOptions(use_karras_sigmas=True),
+    "use_exponential_sigmas": SchedulerOptions(use_exponential_sigmas=True),
+    "use_beta_sigmas": SchedulerOptions(use_beta_sigmas=True),
+    "timestep_spacing": SchedulerOptions(timestep_spacing="trailing"),
+    "rescale_betas_zero_snr": SchedulerOptions(rescale_betas_zero_snr=True, timestep_spacing="trailing"),
+    "eta": SchedulerOptions(eta=0.7),
+}
 SAMPLE = random.Random(4).sample(ALL, 20)
 
 
@@ -50,6 +59,7 @@ class Case:
     strength: float = 0.7
     prompt: str = PROMPT
     clip_skip: int = 0
+    options: SchedulerOptions = PLAIN
 
     @property
     def init(self) -> InitImage | None:
@@ -74,7 +84,7 @@ def ours(base: BaseModel, case: Case) -> np.ndarray:
     trajectory = Trajectory.begin(
         case.scheduler,
         base.scheduler_config,
-        options=SchedulerOptions(),
+        options=case.options,
         num_inference_steps=STEPS,
         seed=SEED,
         shape=base.latent_shape(case.width, case.height),
@@ -101,7 +111,8 @@ def theirs(base: BaseModel, pipeline: Any, case: Case) -> np.ndarray:
     pipeline = MODES[case.mode].from_pipe(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     class_name, overrides = _REGISTRY[case.scheduler]
-    pipeline.scheduler = getattr(diffusers, class_name).from_config(base.scheduler_config, **overrides)
+    chosen = {**overrides, **{key: value for key, value in case.options.given.items() if key != "eta"}}
+    pipeline.scheduler = getattr(diffusers, class_name).from_config(base.scheduler_config, **chosen)
     if init is not None:
         settings = {"image": opened(init.image), "strength": init.strength} | (settings if init.mask else {})
         settings |= {"mask_image": opened(init.mask)} if init.mask else {}
@@ -112,6 +123,7 @@ def theirs(base: BaseModel, pipeline: Any, case: Case) -> np.ndarray:
         num_inference_steps=STEPS,
         guidance_scale=case.scale,
         **settings,
+        eta=case.options.eta or 0.0,
         generator=torch.Generator("cpu").manual_seed(SEED),
         output_type="np",
     ).images[0]
@@ -140,6 +152,26 @@ def test_every_family_scheduler_and_mode(
     pairs: Pairs, family: str, scheduler: str, mode: str, scale: float
 ) -> None:
     check(pairs, family, Case(scheduler, scale, mode=mode))
+
+
+def _with_options() -> list[Any]:
+    """Every option of every scheduler and mode; zero SNR is for a base that predicts more than noise."""
+    chosen = [
+        ("sd2" if option == "rescale_betas_zero_snr" else family, name, mode, option)
+        for family, mode, (name, has) in product(FAMILIES, MODES, all_options())
+        for option in OPTIONS
+        if option in has
+    ]
+    every = sorted(set(chosen))
+    quick = random.Random(5).sample(every, 12)
+    return [pytest.param(*one, marks=() if one in quick else pytest.mark.soak) for one in every]
+
+
+@pytest.mark.parametrize(("family", "scheduler", "mode", "option"), _with_options())
+def test_every_option_in_every_mode(
+    pairs: Pairs, family: str, scheduler: str, mode: str, option: str
+) -> None:
+    check(pairs, family, Case(scheduler, 6.0, mode=mode, options=OPTIONS[option]))
 
 
 @pytest.mark.parametrize("mode", ["image", "inpaint"])
