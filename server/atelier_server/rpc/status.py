@@ -76,7 +76,7 @@ def _details(error: AtelierError) -> list[Message]:
             )
         )
     if isinstance(error, ResourceExhausted):
-        subject = f"tenant:{error.tenant}" if isinstance(error, QuotaExceeded) else error.reason
+        subject = f"tenant:{error.tenant}" if isinstance(error, QuotaExceeded) else "server"
         violation = error_details_pb2.QuotaFailure.Violation(
             subject=subject, description=_short(error.message, 200)
         )
