@@ -74,7 +74,7 @@ class TrainStep:
 # Rows of a lane share a forward's shape: width, height, the exact bucket (0 = fast), and the job's id
 # where it wants to be alone.
 Lane = tuple[int, int, int, str]
-# Those who share the rows of a forward: a client with what it asked for at one priority.
+# Those who share the device: a client with what it asked for at one priority.
 Flow = tuple[str, Priority]
 
 
@@ -83,8 +83,9 @@ def all_rows(width: int, height: int) -> int:  # noqa: ARG001 - the largest forw
 
 
 class Scheduler:
-    """Lanes share the device by what their forwards cost, clients share the rows of a lane's forward; both
-    by priority. What one client asked for at one priority runs in the order of arrival.
+    """Clients share the device by priority: whoever has had least says which lane runs, and the rows that are
+    left over go to the others who have pictures in it. A client's own lanes take turns by what they cost;
+    what he asked for at one size and priority runs in the order of arrival.
 
     While pictures and trainings both wait, trainings get `training_share` of the seconds that `spent` tells.
     `row_limit` tells how many rows of a width and a height fit the memory.
@@ -102,8 +103,8 @@ class Scheduler:
         self._trainings = Companies()
         self._share = TrainingShare(training_share)
         self._arrivals = count()
-        self._lanes: Shares[Lane] = Shares()
         self._flows: Shares[Flow] = Shares()
+        self._lanes: dict[Flow, Shares[Lane]] = {}
         # Buckets that ran out of memory, by width and height, while pictures of that size are there.
         self._too_large: dict[tuple[int, int], int] = {}
 
@@ -143,7 +144,6 @@ class Scheduler:
         self._recount()
 
     def _recount(self) -> None:
-        self._lanes.present(_lane(task) for task in self._tasks)
         self._flows.present(_flow(task) for task in self._tasks)
         sizes = {(task.job.width, task.job.height) for task in self._tasks}
         self._too_large = {size: bucket for size, bucket in self._too_large.items() if size in sizes}
@@ -191,9 +191,19 @@ class Scheduler:
             return TrainStep(self._trainings.next())
         if not self._tasks:
             return None
-        oldest = {_lane(task): task.arrival for task in reversed(self._tasks)}
-        self._lanes.present(oldest)  # a picture's lane may change from forward to forward
-        return self._batch(min(oldest, key=lambda lane: (self._lanes[lane], oldest[lane])))
+        return self._batch(self._next_lane())
+
+    def _next_lane(self) -> Lane:
+        """Of the client who has had least, the lane that has had least; at a draw what came first."""
+        oldest: dict[Flow, dict[Lane, int]] = {}
+        for task in self._tasks:
+            oldest.setdefault(_flow(task), {}).setdefault(_lane(task), task.arrival)
+        self._lanes = {flow: self._lanes.get(flow, Shares()) for flow in oldest}
+        for flow, lanes in oldest.items():
+            self._lanes[flow].present(lanes)  # a picture's lane may change from forward to forward
+        mine = min(oldest, key=lambda flow: (self._flows[flow], next(iter(oldest[flow].values()))))
+        had = self._lanes[mine]
+        return min(oldest[mine], key=lambda lane: (had[lane], oldest[mine][lane]))
 
     def spent(self, step: DenoiseBatch | TrainStep, seconds: float) -> None:
         """What a step has taken of the device."""
@@ -216,10 +226,7 @@ class Scheduler:
         self._fill(chosen, lane)
         if exact and not alone:
             self._fill(chosen, (width, height, 0, ""))
-        bucket = exact or next(b for b in ROW_BUCKETS if b >= chosen.rows)
-        heaviest = max(WEIGHTS[task.job.priority] for task in chosen.tasks)
-        self._lanes.charge(lane, bucket * width * height * HEAVIEST // heaviest)
-        return DenoiseBatch(tuple(chosen.tasks), bucket)
+        return DenoiseBatch(tuple(chosen.tasks), exact or next(b for b in ROW_BUCKETS if b >= chosen.rows))
 
     def _fill(self, chosen: _Rows, lane: Lane) -> None:
         """Gives the next rows to the flow with the least virtual time, until none has a picture that fits."""
@@ -236,6 +243,7 @@ class Scheduler:
                 task = tasks.popleft()
                 if chosen.add(task):
                     self._flows.charge(flow, _cost(task))
+                    self._lanes[flow].charge(lane, _cost(task))
                     break
             if tasks:
                 heappush(order, (self._flows[flow], tasks[0].arrival, flow))

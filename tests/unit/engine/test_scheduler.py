@@ -82,6 +82,30 @@ def test_clients_share_the_rows_of_a_forward() -> None:
     assert sorted(jobs(batch(desk))) == ["many"] * 5 + ["one", "two", "two"]
 
 
+def test_a_client_of_many_sizes_has_no_more_than_one_of_few() -> None:
+    desk = scheduler()
+    for number in range(9):
+        desk.submit(generation(f"a{number}", width=64 + 8 * number, client="a"))
+    desk.submit(generation("b", client="b"))
+    spent: Counter[str] = Counter()
+    for _ in range(200):
+        step = batch(desk)
+        for task in step.tasks:
+            spent[task.job.client] += task.rows * task.job.width * task.job.height
+    assert spent["a"] == pytest.approx(spent["b"], rel=0.05)
+
+
+def test_a_small_size_of_a_client_takes_turns_with_a_large_one_of_his() -> None:
+    """Also where the small one is everybody's, and its forwards are full."""
+    desk = scheduler()
+    for client in "abcdefghij":
+        desk.submit(generation(client, client=client))
+    desk.submit(generation("large", width=128, client="a"))
+    seen = Counter(name for _ in range(60) for name in jobs(batch(desk)))
+    assert seen["large"] > 0
+    assert min(seen.values()) * 6 > max(seen.values())
+
+
 def test_a_higher_priority_gets_more_and_a_lower_one_does_not_starve() -> None:
     desk = scheduler()
     for name, priority in (("low", Priority.LOW), ("normal", Priority.NORMAL), ("high", Priority.HIGH)):
