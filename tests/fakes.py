@@ -110,6 +110,7 @@ class FakeRunner:
         self.micro_steps = 1
         self.denoise_error: Exception | None = None
         self.odd: Callable[[GenerationJob], bool] = lambda job: False
+        self.decode_errors: list[Exception] = []  # one each time
         self.memory_rows = 16  # rows that a forward has memory for
         self.memory_trainings = 16  # and trainings
 
@@ -137,7 +138,12 @@ class FakeRunner:
         self.log.append(("denoise", tuple(task.job.id for task in tasks)))
         return [self.progress[task.arrival] == task.job.num_inference_steps for task in tasks]
 
-    def decode(self, task: ImageTask, done: Callable[[Decoded], None]) -> None:
+    def decode(self, task: ImageTask, done: Callable[[Decoded], None], *, alone: bool = False) -> None:
+        assert task.arrival in self.progress, "what is closed cannot be decoded"
+        self.log.append(("decode", (task.job.id, alone)))
+        if self.decode_errors:
+            done(Decoded(b"", error=self.decode_errors.pop(0)))
+            return
         done(Decoded(f"{task.job.id}:{task.index}".encode()))
 
     def preview(self, task: ImageTask, done: Callable[[bytes], None]) -> None:

@@ -278,11 +278,19 @@ class Loop:
             self._fail(job_id, error)
 
     def _decoded(self, task: ImageTask, picture: Decoded) -> None:
+        live = task.job.id in self.generations.live  # else cancelled or failed meanwhile
+        error = picture.error
+        if live and error is not None and (memory := self._failures.out_of_memory(error, "generate")):
+            if not task.decoded_alone:  # there was a step beside it
+                task.decoded_alone = True
+                self._runner.decode(task, partial(self._put_decoded, task), alone=True)
+                return
+            error = memory
         self._runner.close(task)
-        if task.job.id not in self.generations.live:
-            return  # cancelled or failed meanwhile
-        if picture.error is not None:
-            self._fail(task.job.id, self._failures.out_of_memory(picture.error, "generate") or picture.error)
+        if not live:
+            return
+        if error is not None:
+            self._fail(task.job.id, error)
         elif self.generations.decoded(task, picture):
             self.generations.end(task.job.id)
             if self.samples.owns(task.job.id):

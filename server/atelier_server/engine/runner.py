@@ -116,8 +116,11 @@ class Runner(Protocol):
     def steps(self, task: ImageTask) -> int:
         """How many forwards an opened picture takes in all."""
 
-    def decode(self, task: ImageTask, done: Callable[[Decoded], None]) -> None:
-        """Turns a finished picture into a file beside the loop; `done` is called from another thread."""
+    def decode(self, task: ImageTask, done: Callable[[Decoded], None], *, alone: bool = False) -> None:
+        """Turns a finished picture into a file; `done` is called from another thread.
+
+        Beside the loop; `alone`: decoded when this returns, with nothing else on the device meanwhile.
+        """
 
     def preview(self, task: ImageTask, done: Callable[[bytes], None]) -> None:
         """A small PNG of a picture in the making, beside the loop; `done` as above, if at all."""

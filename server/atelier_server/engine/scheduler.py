@@ -31,6 +31,7 @@ class ImageTask:
     started: bool = False
     buckets: list[int] = field(default_factory=list)  # of its forwards so far
     decoded: bool = False
+    decoded_alone: bool = False  # it has been tried
 
     @property
     def steps_done(self) -> int:

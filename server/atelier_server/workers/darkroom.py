@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from time import monotonic
 
@@ -43,9 +43,9 @@ class Darkroom:
 
     def decode(
         self, task: ImageTask, latents: Tensor, done: Callable[[Decoded], None], *, tiled: bool
-    ) -> None:
-        """`done` is called from one of the threads, also with an error."""
-        self._decoder.submit(self._decode, task, latents, done, tiled)
+    ) -> Future[None]:
+        """`done` is called from one of the threads, also with an error; the future ends with the decoding."""
+        return self._decoder.submit(self._decode, task, latents, done, tiled)
 
     def preview(self, task: ImageTask, trajectory: Trajectory, done: Callable[[bytes], None]) -> None:
         """A small PNG of what the picture is going to be; `done` is called from the thread, if at all."""

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
+from traceback import clear_frames
 
 import torch
 
@@ -150,9 +151,11 @@ class TorchRunner:
         with self.bank.use(self.gather(rows)):
             self.denoiser.step(pictures, bucket)
 
-    def decode(self, task: ImageTask, done: Callable[[Decoded], None]) -> None:
+    def decode(self, task: ImageTask, done: Callable[[Decoded], None], *, alone: bool = False) -> None:
         latents = self._pictures[task.arrival].trajectory.latents[0]
-        self._darkroom.decode(task, latents, done, tiled=self._large(task))
+        decoding = self._darkroom.decode(task, latents, done, tiled=self._large(task))
+        if alone:
+            decoding.result()
 
     def preview(self, task: ImageTask, done: Callable[[bytes], None]) -> None:
         self._darkroom.preview(task, self._pictures[task.arrival].trajectory, done)
@@ -297,6 +300,8 @@ class TorchRunner:
         told = device.out_of_memory(error, self.base.device)
         if told is not None:
             self._rows = None
+            # What the failed step held lives in the frames that the error came through.
+            clear_frames(error.__traceback__)
             if self.base.device.type == "cuda":
                 torch.cuda.empty_cache()
         return told

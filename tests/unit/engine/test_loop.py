@@ -184,6 +184,29 @@ def test_out_of_memory_fails_only_what_cannot_be_made_smaller() -> None:
     assert desk.of(JobFailed)[-1].job_id == "alone"
 
 
+@pytest.mark.parametrize(
+    ("errors", "reason"),
+    [
+        ([MemoryError()], ""),
+        ([MemoryError(), MemoryError()], "OUT_OF_MEMORY"),
+        ([ValueError()], "INTERNAL"),
+    ],
+)
+def test_a_picture_that_has_no_memory_beside_others_is_decoded_alone(
+    errors: list[Exception], reason: str
+) -> None:
+    desk = Desk()
+    desk.runner.decode_errors = list(errors)
+    desk.send(Submit(generation("a"))).until(1)
+    assert [e.reason for e in desk.of(JobFailed)] == ([reason] if reason else [])
+    assert len(desk.of(GenerationCompleted)) == (0 if reason else 1)
+    decoded = [told for kind, told in desk.runner.log if kind == "decode"]
+    assert decoded == [("a", False)] + ([("a", True)] if isinstance(errors[0], MemoryError) else [])
+    assert desk.runner.progress == {}
+    desk.send(Submit(generation("b"))).until(2)
+    assert desk.of(GenerationCompleted)[-1].job_id == "b"
+
+
 def test_what_fails_in_a_shared_forward_fails_alone() -> None:
     desk = Desk()
     desk.runner.odd = lambda job: job.id == "b"
