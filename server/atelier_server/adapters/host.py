@@ -29,7 +29,8 @@ class HostTier:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._held: OrderedDict[_Key, Future[CanonicalAdapter]] = OrderedDict()
-        self._queued: set[_Key] = set()  # to be read ahead, and not begun
+        # To be read ahead, and not begun. By future: a key may come again while its first is still in line.
+        self._queued: dict[_Key, Future[CanonicalAdapter]] = {}
         self._size_bytes = 0
         self._ahead = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
 
@@ -37,7 +38,7 @@ class HostTier:
         """The adapter, and whether it was here already (or on its way). Raises what `read` raises."""
         mine, future = self._reserve(use)
         # Who needs it now does not wait behind what others will need.
-        mine = mine or self._begin(use)
+        mine = mine or self._begin(use, future)
         if mine:
             self._fill(use, future)
         return future.result(), not mine
@@ -70,18 +71,19 @@ class HostTier:
             future: Future[CanonicalAdapter] = Future()
             self._held[_key(use)] = future
             if ahead:
-                self._queued.add(_key(use))
+                self._queued[_key(use)] = future
             return True, future
 
-    def _begin(self, use: AdapterUse) -> bool:
-        """Whether it was queued to be read ahead, and now is the caller's to read."""
+    def _begin(self, use: AdapterUse, future: Future[CanonicalAdapter]) -> bool:
+        """Whether this one was queued to be read ahead, and now is the caller's to read."""
         with self._lock:
-            queued = _key(use) in self._queued
-            self._queued.discard(_key(use))
-            return queued
+            if self._queued.get(_key(use)) is not future:
+                return False
+            del self._queued[_key(use)]
+            return True
 
     def _fill_ahead(self, use: AdapterUse, future: Future[CanonicalAdapter]) -> None:
-        if self._begin(use):
+        if self._begin(use, future):
             self._fill(use, future)
 
     def _fill(self, use: AdapterUse, future: Future[CanonicalAdapter]) -> None:

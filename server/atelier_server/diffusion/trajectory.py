@@ -171,8 +171,8 @@ class Trajectory:
         """What brings it back to where it stands now; to be called once at most."""
         generator: torch.Generator | None = self.step_options.get("generator")
         drawn = generator.get_state() if generator is not None else None
-        # Schedulers shift their lists in place; tensors they replace.
-        state = {k: list(v) if isinstance(v, list) else v for k, v in vars(self.scheduler).items()}
+        # Schedulers shift their lists in place, and pndm adds to a tensor; others they replace.
+        state = {k: _copied(v) for k, v in vars(self.scheduler).items()}
         latents, index, shown, outlook = self.latents, self.index, self.shown, self.outlook
 
         def back() -> None:
@@ -195,6 +195,13 @@ class Trajectory:
         if self.kept is not None:
             kept = self.kept.image if self.finished else self._noised(self.kept.image, self.kept.noise)
             self.latents = (1 - self.kept.mask) * kept + self.kept.mask * self.latents
+
+
+def _copied(value: Any) -> Any:
+    """A list, and what has latents' dimensions, anew."""
+    if isinstance(value, list):
+        return list(value)
+    return value.clone() if isinstance(value, Tensor) and value.ndim > 1 else value
 
 
 @contextmanager

@@ -134,10 +134,12 @@ class Aside:
                 raise Cancelled("nobody waits for this extraction any more")
             self._send(CallProgress(command.call_id, done, total))
 
-        made = self._runner.extract_adapter(
-            command.tuned, command.base, command.rank, command.target, progress, public=command.public
-        )
-        self._waited_for.discard(command.call_id)
+        try:
+            made = self._runner.extract_adapter(
+                command.tuned, command.base, command.rank, command.target, progress, public=command.public
+            )
+        finally:
+            self._waited_for.discard(command.call_id)
         return AdapterMade(command.call_id, *made)
 
     def _on_device(self, measure: Callable[[], float | None]) -> float | None:

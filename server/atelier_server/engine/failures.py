@@ -35,7 +35,7 @@ class Failures:
         return self.of(training_id, self.out_of_memory(error, "train") or error)
 
     def of_call(self, call_id: str, error: Exception) -> CallFailed:
-        failure = self.of("", error)
+        failure = self.of("", self.out_of_memory(error, "generate") or error)
         return CallFailed(call_id, failure.reason, failure.message, failure.metadata, failure.violations)
 
     def out_of_memory(self, error: Exception, phase: str) -> OutOfMemory | None:

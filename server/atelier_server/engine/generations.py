@@ -57,6 +57,11 @@ class Generations:
     def begin(self, job: GenerationJob, tasks: list[ImageTask], origin: Origin) -> None:
         self.live[job.id] = Generation(job, tasks, monotonic(), origin, images_left=len(tasks))
 
+    def has(self, task: ImageTask) -> bool:
+        """Whether it is still wanted. By the task: a class picture's id comes again with its training."""
+        generation = self.live.get(task.job.id)
+        return generation is not None and task in generation.tasks
+
     def end(self, job_id: str) -> list[ImageTask]:
         """Forgets a generation; its tasks are to be removed from the scheduler and the runner."""
         generation = self.live.pop(job_id, None)
@@ -99,7 +104,7 @@ class Generations:
 
     def previewed(self, task: ImageTask, step: int, data: bytes) -> None:
         """A glance at a picture; too late where the picture itself or the generation's end has come."""
-        if task.job.id in self.live and not task.decoded:
+        if self.has(task) and not task.decoded:
             self.emit(PreviewReady(task.job.id, task.index, step, "image/png", data))
 
     def decoded(self, task: ImageTask, picture: Decoded) -> bool:

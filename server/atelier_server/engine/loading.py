@@ -68,9 +68,9 @@ class Loading:
         pinned = self._in_use()
         # With every slot in use one is taken all the same: its pictures get theirs back before they step.
         self.load(use, pinned if self._residency.has_room(pinned) else frozenset())
+        self._doomed.discard(use.checkpoint)
         if pin:
             self._residency.pin(use.checkpoint)
-            self._doomed.discard(use.checkpoint)
         return not resident
 
     def unload(self, checkpoints: tuple[CheckpointId, ...]) -> int:

@@ -278,7 +278,7 @@ class Loop:
             self._fail(job_id, error)
 
     def _decoded(self, task: ImageTask, picture: Decoded) -> None:
-        live = task.job.id in self.generations.live  # else cancelled or failed meanwhile
+        live = self.generations.has(task)  # else cancelled or failed meanwhile
         error = picture.error
         if live and error is not None and (memory := self._failures.out_of_memory(error, "generate")):
             if not task.decoded_alone:  # there was a step beside it

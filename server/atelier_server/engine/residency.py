@@ -14,7 +14,8 @@ from atelier_server.core import CheckpointId
 class Residency:
     """Slots 1..n with least-recently-used eviction. Invariant: a checkpoint lies in at most one slot.
 
-    What is `pin`ned is never evicted, whoever asks; what a batch pins (`pinned` below), not for that batch.
+    What is `pin`ned is evicted only where nothing else is left; what a batch pins (`pinned` below), not for
+    that batch.
     """
 
     def __init__(self, slots: int) -> None:
@@ -48,7 +49,10 @@ class Residency:
             self.resident = tuple(self._resident)
             return slot, False
         if not self._free:
-            victim = next(c for c in self._resident if self._may_go(c, pinned))
+            victim = next((c for c in self._resident if self._may_go(c, pinned)), None)
+            if victim is None:  # a picture that could not be painted otherwise goes before a pin
+                victim = next(c for c in self._resident if c not in pinned)
+                self._pins.discard(victim)
             self._free.append(self._resident.pop(victim))
             self.evictions += 1
         slot = self._free.pop()

@@ -268,9 +268,10 @@ class _Rows:
     checkpoints: frozenset[CheckpointId] = frozenset()
 
     def add(self, task: ImageTask) -> bool:
-        """Takes a picture in if its rows and its adapters fit."""
+        """Takes a picture in if its rows and its adapters fit. The first one's always do: pins give way."""
         checkpoints = self.checkpoints | task.checkpoints
-        if self.rows + task.rows > self.capacity or not self.residency.can_admit(checkpoints):
+        fits = not self.tasks or self.residency.can_admit(checkpoints)
+        if self.rows + task.rows > self.capacity or not fits:
             return False
         self.tasks.append(task)
         self.rows += task.rows

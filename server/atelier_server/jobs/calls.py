@@ -74,6 +74,11 @@ class Calls:
             raise AtelierError("the worker gave an answer to another question")
         return result
 
+    def tell(self, command: Callable[[str], Command]) -> None:
+        """Sends `command(call_id)`, whose answer nobody waits for; nothing where the worker is not there."""
+        if self._ready:
+            self._send(command(uuid.uuid4().hex))
+
     def handle(self, event: Answer | CallFailed | CallProgress) -> None:
         if isinstance(event, CallProgress):
             if (progress := self._progress.get(event.call_id)) is not None:

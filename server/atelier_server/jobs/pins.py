@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from atelier_server.core import AdapterUse, CheckpointId
 from atelier_server.errors import AtelierError, TooManyPins, WorkerLost, WorkerNotReady
 from atelier_server.jobs.calls import Calls
-from atelier_server.messages import AdapterLoaded, LoadAdapter, Sample
+from atelier_server.messages import AdapterLoaded, LoadAdapter, Sample, UnloadAdapter
 from atelier_server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -45,9 +45,11 @@ class Pins:
             self._pinned[use.checkpoint] = use
         try:
             answer = await self._calls.call(lambda call: LoadAdapter(call, use, pin=pin), AdapterLoaded)
-        except BaseException:
+        except BaseException as error:
             if new:
                 self.release([use.checkpoint])
+                if isinstance(error, asyncio.CancelledError):  # the worker pins it all the same
+                    self._calls.tell(lambda call: UnloadAdapter(call, (use.checkpoint,)))
             raise
         self._count()
         return answer

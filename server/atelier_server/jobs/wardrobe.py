@@ -66,6 +66,7 @@ class Wardrobe:
         self._store = store
         self._last_used = last_used
         self._pins = pins
+        self._deleting: set[asyncio.Task[float]] = set()
         self._calls = calls
         self._generations = generations
         self._trainings = trainings
@@ -174,9 +175,14 @@ class Wardrobe:
     async def delete(self, name: str, version: int | None) -> float:
         """Hides an adapter or one version of it; until when it can be undeleted (seconds since the epoch).
 
-        Raises AdapterNotFound, AdapterInUse.
+        Raises AdapterNotFound, AdapterInUse. Goes on to its end also where its caller has gone.
         """
+        task = asyncio.create_task(self._delete(name, version), name="delete")
+        self._deleting.add(task)
+        task.add_done_callback(self._deleting.discard)
+        return await asyncio.shield(task)
 
+    async def _delete(self, name: str, version: int | None) -> float:
         async def delete() -> tuple[CheckpointId, ...]:
             if self._trainings.writes(name, version):
                 raise AdapterInUse(f"a training is writing {name!r}")

@@ -136,7 +136,8 @@ class TorchRunner:
             for group in alike.values():
                 self._step(group, bucket, slots)
             if self.base.device.type == "cuda":
-                torch.cuda.synchronize(self.base.device)
+                # Not the device: pictures are decoded on a stream beside this one.
+                torch.cuda.current_stream(self.base.device).synchronize()
         return [self._pictures[task.arrival].trajectory.finished for task in tasks]
 
     def _step(self, tasks: Sequence[ImageTask], bucket: int, slots: Mapping[CheckpointId, int]) -> None:
@@ -173,6 +174,7 @@ class TorchRunner:
         """The bank's rows, gathered anew only when the batch or a slot has changed."""
         key = self.bank.key(rows)
         if self._rows is None or self._rows[0] != key:
+            self._rows = None  # not two of them at a time
             self._rows = (key, self.bank.gather(rows))
         return self._rows[1]
 

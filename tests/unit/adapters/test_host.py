@@ -125,3 +125,34 @@ def test_what_is_held_fits_and_is_the_most_recently_used(wanted: list[int], room
 def test_the_size_counts_every_tensor() -> None:
     tokens = {"<x>": {"text_encoder": torch.zeros(2, 4)}}
     assert size_bytes(CanonicalAdapter(adapter(1.0).modules, tokens)) == ONE + 32
+
+
+@pytest.mark.parametrize("lost", ["its first reading failed", "it was pushed out"])
+def test_what_is_announced_again_while_its_first_place_in_line_is_left_is_still_read(lost: str) -> None:
+    reading, gate = threading.Event(), threading.Event()
+    fails = [lost == "its first reading failed"]
+
+    def read(wanted: AdapterUse) -> CanonicalAdapter:
+        if wanted.path == "a.safetensors":
+            reading.set()
+            assert gate.wait(30)
+        if wanted.path == "b.safetensors" and fails.pop():
+            raise AdapterNotFound("gone", name="b")
+        fails.append(False)
+        return adapter(1.0)
+
+    host = HostTier(read, 10 * ONE if fails[0] else ONE)
+    host.prefetch(use("a"))
+    assert reading.wait(30)
+    host.prefetch(use("b"))  # in line behind a
+    if fails[0]:
+        with pytest.raises(AdapterNotFound):
+            host.fetch(use("b"))
+        fails.append(False)
+    else:
+        host.fetch(use("b"))
+        host.fetch(use("c"))
+    host.prefetch(use("b"))
+    gate.set()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(host.fetch, use("b")).result(timeout=30)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
+import pytest
+
 from atelier_server.core import State, TrainingJob
+from atelier_server.engine.runner import Decoded
+from atelier_server.engine.scheduler import ImageTask
 from atelier_server.messages import (
     Cancel,
     ClassImageReady,
@@ -94,3 +99,30 @@ def test_one_that_cannot_be_painted_fails_the_training() -> None:
     assert failure.message.startswith("a class picture could not be painted")  # type: ignore[union-attr]
     assert not desk.loop.scheduler.has_work
     assert not desk.loop.trainings.has("otto-1")
+
+
+@pytest.mark.parametrize("left", [Pause("otto-1"), Cancel("otto-1")])
+def test_a_late_decoding_is_not_taken_for_the_one_of_the_same_name(left: Pause | Cancel) -> None:
+    """A training comes back while one of its class pictures is still being decoded."""
+    desk = Desk()
+    late: list[tuple[ImageTask, Callable[[Decoded], None]]] = []
+    decode = desk.runner.decode
+
+    def slowly(task: ImageTask, done: Callable[[Decoded], None], *, alone: bool = False) -> None:
+        late.append((task, done))
+
+    desk.runner.decode = slowly  # type: ignore[method-assign]
+    desk.send(Submit(taught()))
+    while not late:
+        desk.loop.turn()
+    desk.runner.decode = decode  # type: ignore[method-assign]
+    desk.send(left, Submit(taught()))
+    desk.loop.turn()
+    for _, done in late:
+        done(Decoded(b"of the first time"))
+    desk = turned(desk, ClassImageReady)
+    for _ in range(50):
+        desk.send(Cancel("nobody")).loop.turn()
+    told = [event.data for event in desk.of(ClassImageReady)]  # type: ignore[union-attr]
+    assert b"of the first time" not in told
+    assert len(told) == 5

@@ -547,3 +547,13 @@ def test_a_large_import_keeps_nobody_waiting() -> None:
         painted.set()
         loop.turn()  # what the import tries on the device
     assert isinstance(events[-1], AdapterImported)
+
+
+def test_what_is_loaded_again_stays_though_it_was_to_go() -> None:
+    """Unloaded while a picture uses it, then asked for again."""
+    desk = Desk()
+    otto = use("otto")
+    desk.send(Submit(generation("a", adapters=(otto,), num_inference_steps=3)))
+    desk.loop.turn()
+    desk.send(UnloadAdapter("u", (otto.checkpoint,)), LoadAdapter("l", otto)).until(1)
+    assert desk.loop.residency.resident == (otto.checkpoint,)

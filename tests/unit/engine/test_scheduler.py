@@ -167,6 +167,20 @@ def test_a_batch_never_needs_more_adapters_than_there_are_slots() -> None:
     assert jobs(batch(desk)) == ["a", "b", "none"]
 
 
+def test_a_picture_that_would_never_fit_beside_pins_goes_before_one() -> None:
+    residency = Residency(2)
+    desk = Scheduler(residency)
+    for name in "xy":
+        residency.acquire(use(name).checkpoint, frozenset())
+        residency.pin(use(name).checkpoint)
+    desk.submit(generation("a", adapters=(use("a"),)))
+    desk.submit(generation("wide", width=128))
+    assert {name for _ in range(4) for name in jobs(batch(desk))} == {"a", "wide"}
+    mine = frozenset({use("a").checkpoint})
+    residency.acquire(use("a").checkpoint, mine)
+    assert residency.resident == (use("y").checkpoint, use("a").checkpoint)
+
+
 def test_shares_are_fair_whoever_comes_and_goes() -> None:
     shares: Shares[str] = Shares()
     shares.present(["a"])

@@ -10,7 +10,14 @@ from atelier_server.core import AdapterUse, CheckpointId
 from atelier_server.errors import AdapterNotFound, TooManyPins
 from atelier_server.jobs.calls import Calls
 from atelier_server.jobs.pins import Pins
-from atelier_server.messages import AdapterLoaded, CallFailed, Command, LoadAdapter
+from atelier_server.messages import (
+    AbandonCall,
+    AdapterLoaded,
+    CallFailed,
+    Command,
+    LoadAdapter,
+    UnloadAdapter,
+)
 from atelier_server.metrics import Metrics
 
 
@@ -92,3 +99,24 @@ async def test_a_new_worker_gets_them_again() -> None:
         ("otto", True),
         ("bolt", True),
     }
+
+
+async def test_who_goes_while_it_is_being_pinned_leaves_no_pin_in_the_worker() -> None:
+    sent: list[Command] = []
+    asked = asyncio.Event()
+
+    def take(command: Command) -> None:
+        sent.append(command)
+        asked.set()
+
+    calls = Calls(take)
+    calls.worker_ready()
+    pins = Pins(calls, Metrics(), slots=4, kept_free=2)
+    loading = asyncio.create_task(pins.load(use("otto"), pin=True))
+    await asked.wait()
+    loading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await loading
+    assert pins.pinned() == frozenset()
+    assert [type(command) for command in sent] == [LoadAdapter, AbandonCall, UnloadAdapter]
+    assert sent[-1].checkpoints == (use("otto").checkpoint,)  # type: ignore[union-attr]
