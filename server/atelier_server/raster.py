@@ -1,4 +1,4 @@
-"""A picture's file as every room reads it: upright, RGB of eight bits, opaque.."""
+"""A picture's file as every room reads it: upright, RGB of eight bits, opaque."""
 
 from __future__ import annotations
 

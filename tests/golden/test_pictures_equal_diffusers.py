@@ -24,6 +24,7 @@ from atelier_server.diffusion.init_image import InitImages
 from atelier_server.diffusion.schedulers import _REGISTRY, all_options
 from atelier_server.diffusion.trajectory import Trajectory
 from tests.bases import FAMILIES, PIXELS, peer, save_base
+from tests.options import OPTIONS
 from tests.pictures import right_part, soft_colours
 
 PROMPT = "a red octopus on a beach"
@@ -35,14 +36,6 @@ MODES = {
 }
 ALL = list(product(FAMILIES, SCHEDULERS, MODES, (6.0, 1.0)))
 PLAIN = SchedulerOptions()
-OPTIONS = {
-    "use_karras_sigmas": SchedulerOptions(use_karras_sigmas=True),
-    "use_exponential_sigmas": SchedulerOptions(use_exponential_sigmas=True),
-    "use_beta_sigmas": SchedulerOptions(use_beta_sigmas=True),
-    "timestep_spacing": SchedulerOptions(timestep_spacing="trailing"),
-    "rescale_betas_zero_snr": SchedulerOptions(rescale_betas_zero_snr=True, timestep_spacing="trailing"),
-    "eta": SchedulerOptions(eta=0.7),
-}
 SAMPLE = random.Random(4).sample(ALL, 20)
 
 

@@ -19,6 +19,7 @@ from atelier_server.errors import OutOfMemory
 from atelier_server.guides import ControlNetInfo
 from atelier_server.training.abilities import abilities
 
+_CGROUP = Path("/sys/fs/cgroup")
 # How libraries below torch say that they got no memory.
 _NO_MEMORY = (
     "DefaultCPUAllocator",
@@ -103,7 +104,7 @@ def free_bytes(device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     free = _meminfo("MemAvailable")
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
     if limit.exists() and (text := limit.read_text().strip()).isdigit():
         # As Kubernetes' working set has it: the cache of files that nobody reads is free.
         free = min(free, int(text) - int(used.read_text()) + _inactive_file())
@@ -112,7 +113,7 @@ def free_bytes(device: torch.device) -> int:
 
 def _inactive_file() -> int:
     """Bytes of the control group's file cache that go first; 0 where it does not tell."""
-    stat = Path("/sys/fs/cgroup/memory.stat")
+    stat = _CGROUP / "memory.stat"
     for line in stat.read_text().splitlines() if stat.exists() else ():
         if line.startswith("inactive_file "):
             return int(line.split()[1])

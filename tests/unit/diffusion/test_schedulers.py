@@ -24,6 +24,7 @@ from atelier_server.diffusion.schedulers import (
 )
 from atelier_server.diffusion.trajectory import Trajectory
 from tests.bases import peer, save_base
+from tests.options import OPTIONS
 
 PROMPT = "a red octopus on a beach"
 
@@ -56,16 +57,6 @@ def painted(base: BaseModel, name: str, options: SchedulerOptions) -> Tensor:
     while not trajectory.finished:
         Denoiser(base.unet, base.scheduler_config).step([picture], 2)
     return trajectory.latents
-
-
-OPTIONS: dict[str, SchedulerOptions] = {
-    "use_karras_sigmas": SchedulerOptions(use_karras_sigmas=True),
-    "use_exponential_sigmas": SchedulerOptions(use_exponential_sigmas=True),
-    "use_beta_sigmas": SchedulerOptions(use_beta_sigmas=True),
-    "timestep_spacing": SchedulerOptions(timestep_spacing="trailing"),
-    "rescale_betas_zero_snr": SchedulerOptions(rescale_betas_zero_snr=True, timestep_spacing="trailing"),
-    "eta": SchedulerOptions(eta=0.7),
-}
 
 
 ALL = [(name, option) for name, has in all_options() for option in OPTIONS if option in has]
@@ -113,7 +104,7 @@ def test_what_cannot_be_used_where_the_picture_is_predicted_is_left_out() -> Non
         scheduler.scale_model_input(latents, scheduler.timesteps[0])
         try:
             scheduler.step(latents, scheduler.timesteps[0], latents)
-        except (NotImplementedError, ValueError):
+        except (NotImplementedError, ValueError):  # how their classes refuse it
             continue
         works.append(name)
     assert usable_schedulers(config) == tuple(works)

@@ -557,3 +557,16 @@ def test_what_is_loaded_again_stays_though_it_was_to_go() -> None:
     desk.loop.turn()
     desk.send(UnloadAdapter("u", (otto.checkpoint,)), LoadAdapter("l", otto)).until(1)
     assert desk.loop.residency.resident == (otto.checkpoint,)
+
+
+def test_a_call_that_has_no_memory_says_so() -> None:
+    desk = Desk()
+
+    def load(use: object, slot: int) -> str:
+        raise MemoryError
+
+    desk.runner.load = load  # type: ignore[method-assign, assignment]
+    desk.send(LoadAdapter("l", use("otto"))).loop.turn()
+    (failure,) = desk.of(CallFailed)
+    assert (failure.call_id, failure.reason) == ("l", "OUT_OF_MEMORY")  # type: ignore[union-attr]
+    assert desk.loop.residency.resident == ()
